@@ -1,0 +1,1515 @@
+#!/usr/bin/env python3
+"""An OpenAI-compatible inference gateway in one file that needs nothing but Python 3.13.
+
+    python gateway.py                                       echoes: an endpoint to try clients on
+    BACKEND_URL=http://127.0.0.1:8000 python gateway.py     forwards to vLLM, llama.cpp, Ollama ...
+    python gateway.py --help                                every setting in a sentence
+
+The path of a request; read the sections in order, or from here:
+
+    Server -> a thread for each connection -> Handler.handle_one_request
+        read_head -> parse_head, request_length         one strict parser, for both directions
+        dispatch
+            /healthz                                    answered here, no backend is asked
+            /v1/*  read_body                            whole, up to MAX_BODY_BYTES
+                   echo     -> Echo.completion, or its events
+                   forward  -> Backends.open -> urllib's opener -> Pool.http_open
+                                   take or dial a link, send, read the response's head
+                               relay: pieces as they come; a cut response never ends as a whole one
+        except APIError   -> OpenAI's error JSON; in a begun reply an error event, or a cut
+        except ClientGone -> 499 in the log; closing the link makes the backend stop
+        finally           -> one line in the log
+
+What it will not do: change a body, translate between APIs, store anything, or speak HTTP/2.
+"""
+
+import argparse
+import errno
+import http.client
+import ipaddress
+import json
+import os
+import re
+import select
+import signal
+import socket
+import ssl
+import struct
+import sys
+import threading
+import time
+import traceback
+import urllib.parse
+import urllib.request
+import uuid
+from _thread import start_new_thread
+from base64 import b64encode
+from email.utils import formatdate
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
+from typing import NamedTuple
+
+__version__ = "0.1.0"
+
+# ==================================================================================================
+# 1. Settings
+#
+# Each knob is one line of KNOBS; its flag, its environment variable, its line of --help and its row
+# of README's table are made from that line. A flag wins over the environment, and that over the
+# default; an empty variable counts as unset. All three go through the same parser.
+# ==================================================================================================
+
+
+def whole_number(low, high):
+    """Return a parser of whole numbers from `low` to `high`."""
+    def parse(text):
+        if not re.fullmatch("[0-9]{1,15}", text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {low} to {high}")
+        return int(text)
+    return parse
+
+
+def seconds(text):
+    """Parse a duration above 0, and up to a day: more would overflow some sockets' timeouts."""
+    if not re.fullmatch(r"[0-9]{1,5}(\.[0-9]{1,6})?", text) or not 0 < float(text) <= 86_400:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0, up to 86400")
+    return float(text)
+
+
+def log_format(text):
+    """Parse the name of a log format."""
+    if text not in ("text", "json"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither text nor json")
+    return text
+
+
+def backend_url(text):
+    """Parse a backend's address to its base, to which a client's path, /v1/..., is appended.
+
+    The error does not repeat the text: it may hold a password.
+    """
+    try:
+        parts = urllib.parse.urlsplit(text)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        usable = False
+    if text and not (usable and re.fullmatch("[!-~]+", text)):
+        raise argparse.ArgumentTypeError("no address like http://127.0.0.1:8000 or https://host/v1")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise argparse.ArgumentTypeError("an address here has no user, password, query or fragment")
+    path = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
+    return text and f"{parts.scheme}://{parts.netloc}{path}"
+
+
+class Knob(NamedTuple):
+    """A setting: `max_body_bytes` has the flag --max-body-bytes and the variable MAX_BODY_BYTES."""
+
+    name: str
+    parse: object
+    default: str
+    help: str
+
+
+KNOBS = (
+    Knob("host", str, "127.0.0.1", "address to listen on; 0.0.0.0 or :: for all interfaces"),
+    Knob("port", whole_number(0, 65_535), "8080",
+         "port to listen on; 0 takes a free one, which the start-up line names"),
+    Knob("backend_url", backend_url, "",
+         "server to forward to, with or without /v1; without one the gateway echoes"),
+    Knob("max_body_bytes", whole_number(0, 1 << 40), str(64 << 20),
+         "largest request body; a larger one is refused with 413"),
+    Knob("max_connections", whole_number(1, 1_000_000), "2000",
+         "client connections at once, a thread each; a further one gets 503"),
+    Knob("client_timeout", seconds, "60",
+         "seconds for a request's head, for a body to go on, for a client to take what is sent,"
+         " and for an idle connection"),
+    Knob("connect_timeout", seconds, "5", "seconds to connect to a backend"),
+    Knob("backend_timeout", seconds, "600",
+         "seconds a backend may be silent, before its first byte and between bytes"),
+    Knob("shutdown_timeout", seconds, "30",
+         "seconds that requests in flight have to finish after SIGTERM or SIGINT"),
+    Knob("log_format", log_format, "text",
+         "form of the log, a line for each request on stderr: text or json"),
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose every complaint is one line, and exit status 2."""
+
+    def error(self, message):
+        self.exit(2, f"gateway.py: {message}; see --help\n")
+
+
+def read_settings(argv, environ):
+    """Return a namespace with an attribute for each knob; exits with 2 if a value is bad."""
+    usage, _, _ = __doc__.partition("\n\nThe path")
+    parser = Parser(
+        prog="gateway.py", description=usage, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, epilog=f"Try it:\n  {EXAMPLE}")
+    parser.add_argument("--version", action="version", version=f"gateway.py {__version__}")
+    for name, parse, default, text in KNOBS:
+        variable, flag = name.upper(), "--" + name.replace("_", "-")
+        parser.add_argument(
+            flag, default=environ.get(variable) or default, type=parse, metavar=variable,
+            help=f"{text} (environment: {variable}; default: {default or 'none'})")
+    return parser.parse_args(argv)
+
+
+def settings_table():
+    """Return README's table of the settings, which a test compares with it."""
+    rows = [f"| `{name.upper()}` | `--{name.replace('_', '-')}` | {default and f'`{default}`'} |"
+            f" {text} |" for name, _, default, text in KNOBS]
+    return "\n".join(["| variable | flag | default | what it is |", "|---|---|---|---|", *rows])
+
+
+EXAMPLE = ("curl http://127.0.0.1:8080/v1/chat/completions"
+           """ -d '{"messages":[{"role":"user","content":"Hello, world!"}]}'""")
+
+# ==================================================================================================
+# 2. Errors
+#
+# An APIError is a whole answer: status, OpenAI's type and code, and a sentence that says what to do
+# next. Whoever finds the fault raises it in one line; `body` alone makes the JSON, and Handler.fail
+# alone sends it. Inside this file only APIError and ClientGone travel: exceptions of libraries are
+# translated where they arise.
+# ==================================================================================================
+
+
+class APIError(Exception):
+    """A refusal of a request or a failure of the backend, in the shape that OpenAI's SDKs parse.
+
+    `close` says that the connection must end: what else the client sends cannot be understood.
+    """
+
+    def __init__(self, status, code, message, param=None, headers=(), close=False):
+        super().__init__(message)
+        self.status, self.code, self.message, self.param = status, code, message, param
+        self.headers, self.close = headers, close
+
+    def body(self):
+        """Return the error as JSON bytes."""
+        ours = self.status >= 500 and self.status not in (501, 505)  # these blame the request
+        return json.dumps({"error": {
+            "message": self.message, "type": "server_error" if ours else "invalid_request_error",
+            "param": self.param, "code": self.code}}).encode()
+
+
+class Malformed(APIError):
+    """What arrived is not HTTP, or not the HTTP that is spoken here."""
+
+    def __init__(self, message, status=400, code="bad_request"):
+        super().__init__(status, code, message, close=True)
+
+
+class Unreachable(APIError):
+    """No connection to the backend was made: it has not seen the request."""
+
+    def __init__(self, message):
+        super().__init__(502, "backend_unreachable", message)
+
+
+class Broken(APIError):
+    """The backend closed the connection, or broke HTTP, before its response was whole."""
+
+    def __init__(self, what):
+        super().__init__(502, "backend_error", f"the backend {what}; its own log may say why")
+
+
+class NoAnswer(Broken):
+    """The backend closed the connection before the first byte of its response."""
+
+
+class BackendTimeout(APIError):
+    """The backend was silent for BACKEND_TIMEOUT."""
+
+    def __init__(self):
+        super().__init__(504, "backend_timeout", "the backend was silent for BACKEND_TIMEOUT"
+                         " seconds; try again later, or raise it")
+
+
+class ClientGone(Exception):
+    """The client closed its connection, or takes nothing more: nobody is left to answer."""
+
+
+# ==================================================================================================
+# 3. HTTP rules
+#
+# Pure functions of bytes; sections are of RFC 9112 where none other is named. A head is taken only
+# if each line of it matches the grammar, so what the next server could read differently is refused:
+# bare CR or LF, NUL, folded lines, a space before a colon, a length that is signed, a list, or
+# beside a transfer coding. Repeated fields are joined with a comma (RFC 9110, 5.3), which spoils
+# those that must be there once. What is passed on keeps its lines byte for byte.
+# ==================================================================================================
+
+MAX_HEAD_BYTES = 65_536  # nginx takes 32 KiB, Node 16; keys, cookies and tracing need some
+MAX_LINE_BYTES = 16_384  # method and target; 8,000 is what RFC 9112 3 asks for at least
+MAX_FIELDS = 100         # as Apache and http.client
+MAX_CHUNK_LINE = 4_096   # a chunk's size with its extensions, which nobody uses
+
+CHUNKED, UNTIL_CLOSE = -1, sys.maxsize  # lengths of a body that are not known beforehand
+
+# Fields of one connection (RFC 9110, 7.6.1), and of a proxy (11.7).
+HOP_BY_HOP = frozenset((
+    b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding",
+    b"upgrade", b"proxy-authenticate", b"proxy-authentication-info", b"proxy-authorization"))
+NOT_FORWARDED = HOP_BY_HOP | {
+    b"host", b"content-length", b"expect", b"x-request-id", b"x-forwarded-for",
+    b"x-forwarded-proto", b"x-forwarded-host"}
+NOT_RETURNED = HOP_BY_HOP | {b"content-length", b"x-request-id", b"x-backend-request-id"}
+
+TOKEN, VALUE = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", rb"[^\x00-\x08\n-\x1f\x7f]*"
+FIELDS = re.compile(rb"(?:%b:%b\r\n)*+" % (TOKEN, VALUE))
+REQUEST_LINE = re.compile(rb"(%b) ([!\"$-~]+) HTTP/([0-9])\.([0-9])" % TOKEN)
+STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (%b))?" % VALUE)
+NEVER_IN_A_HEAD = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n|\Z)|(?<!\r)\n")
+HOST = re.compile(rb"(?:[\w.~%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
+ABSOLUTE = re.compile(rb"https?://([^/?#]*)(.*)", re.I)
+LENGTH = re.compile(rb"[0-9]{1,15}")
+# The size line of a chunk, with the CR LF that ends the chunk before it; the trailers; and what is
+# a beginning of the one or of the other.
+CHUNK = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})(?:[ \t]*;%b)?\r\n" % VALUE)
+TRAILERS = re.compile(rb"(?:%b:%b\r\n)*+\r\n" % (TOKEN, VALUE))
+CHUNK_BEGUN = (re.compile(rb"(?:\r(?:\n(?:[0-9A-Fa-f]{1,15}(?:[ \t]*(?:;%b)?)?\r?)?)?)?" % VALUE),
+               re.compile(rb"(?:%b:%b\r\n)*+(?:%b(?::%b)?)?\r?" % (TOKEN, VALUE, TOKEN, VALUE)))
+LAST_EVENT = re.compile(rb"(?:^|[\r\n])data: ?\[DONE\]")
+REQUEST_ID = re.compile(rb"[!-~]{1,128}")
+REQUEST_ID_LINE = re.compile(rb"(?im)^(x-request-id|request-id):[ \t]*([!-~]{1,128})[ \t]*\r?$")
+
+
+def find_head(data, scanned=0):
+    """Return where the head in `data` ends, with its last line's CR LF; -1 if it is not all there.
+
+    `scanned` bytes were looked at before. Raises as soon as the head cannot become valid: a line
+    without CR, or the first byte of a TLS handshake, is answered and not waited for.
+    """
+    start = max(0, scanned - 3)
+    end = data.find(b"\r\n\r\n", start) + 2
+    if max(end, len(data) if end == 1 else 0) > MAX_HEAD_BYTES:
+        raise Malformed(f"a head may have {MAX_HEAD_BYTES} bytes; send less", 431,
+                        "request_header_fields_too_large")
+    if end == 1 and NEVER_IN_A_HEAD.search(data, start):
+        raise Malformed("the head holds a control character, or a line that ends without CR LF")
+    return end if end > 1 else -1
+
+
+def parse_head(head, drop):
+    """Return (first line, index, lines) of a head (5) whose lines all end with CR LF.
+
+    The index gives a lower-case name's value; `lines` are those whose names are not in `drop`.
+    """
+    start, _, block = head.partition(b"\r\n")
+    if not FIELDS.fullmatch(block):
+        raise Malformed("a header field is not of the form 'name: value' (RFC 9112, section 5)")
+    index, lines = {}, []
+    for line in block.split(b"\r\n")[:-1]:
+        name, _, value = line.partition(b":")
+        name, value = name.lower(), value.strip(b" \t")
+        index[name] = b"%b, %b" % (index[name], value) if name in index else value
+        if name not in drop:
+            lines.append(line)
+    if block.count(b"\r\n") > MAX_FIELDS:
+        raise Malformed(f"a head may have {MAX_FIELDS} fields; send fewer", 431,
+                        "request_header_fields_too_large")
+    named = tokens(index.get(b"connection", b"")) - {b"close", b"keep-alive"}
+    if named:
+        lines = [line for line in lines if line.partition(b":")[0].lower() not in named]
+    return start, index, lines
+
+
+def tokens(value):
+    """Return the lower-case tokens of a comma-separated field as a set."""
+    return {token.strip(b" \t") for token in value.lower().split(b",")} if value else frozenset()
+
+
+def is_persistent(index, minor):
+    """Tell whether the sender of this head keeps the connection open after its message (9.3)."""
+    options = tokens(index.get(b"connection"))
+    return b"close" not in options and (minor == 1 or b"keep-alive" in options)
+
+
+def parse_request_line(line):
+    """Return method, target and minor version (3); raises Malformed: 400, 414 or 505."""
+    match = REQUEST_LINE.fullmatch(line)
+    if len(line) > MAX_LINE_BYTES:
+        raise Malformed(f"a request line may have {MAX_LINE_BYTES} bytes", 414, "uri_too_long")
+    if not match:
+        raise Malformed("the request line is not of the form 'METHOD /path HTTP/1.1'")
+    if match[3] != b"1":
+        raise Malformed("set the client to HTTP/1.1", 505, "http_version_not_supported")
+    return match[1].decode(), match[2], min(int(match[4]), 1)
+
+
+def parse_target(method, target, index, minor):
+    """Return authority, and path with query (3.2); raises Malformed.
+
+    Dot segments are refused: the backend could resolve them to a path that is not below /v1.
+    """
+    authority = index.get(b"host", b"" if minor else b"-")
+    if not HOST.fullmatch(authority):
+        raise Malformed("a request needs exactly one valid Host field")
+    if target[:1] != b"/":
+        absolute = ABSOLUTE.fullmatch(target)
+        if absolute and HOST.fullmatch(absolute[1]):  # overrides Host (3.2.2)
+            authority, target = absolute[1], absolute[2]
+            target = target if target[:1] == b"/" else b"/" + target
+        elif method != "OPTIONS" or target != b"*":
+            raise Malformed("the request target is neither a path nor an http:// address")
+    path = target.partition(b"?")[0]
+    if b"/." in path or b"%" in path or b"\\" in path:
+        if {b".", b".."}.intersection(re.split(rb"[/\\]", urllib.parse.unquote_to_bytes(path))):
+            raise Malformed("the path holds '.' or '..'; send the path that it leads to")
+    return authority, target
+
+
+def content_length(index):
+    """Return the Content-Length (6.2), None if there is none; raises Malformed if in doubt."""
+    value = index.get(b"content-length")
+    if value is not None and not LENGTH.fullmatch(value):
+        raise Malformed("Content-Length must be there once, as digits")
+    return None if value is None else int(value)
+
+
+def request_length(index, minor):
+    """Return the length of a request's body (6.3), or CHUNKED; raises Malformed."""
+    length, coding = content_length(index), index.get(b"transfer-encoding")
+    if coding is None:
+        return length or 0
+    if length is not None or not minor:
+        raise Malformed("Transfer-Encoding beside Content-Length, or in HTTP/1.0, is ambiguous")
+    coding = coding.lower()
+    if coding != b"chunked" and b"chunked" in tokens(coding.rpartition(b",")[0]):
+        raise Malformed("Transfer-Encoding must name 'chunked' once, and last")
+    if coding != b"chunked":
+        raise Malformed("the one transfer coding here is 'chunked'", 501, "not_implemented")
+    return CHUNKED
+
+
+def response_length(method, status, index, minor):
+    """Return the length of a response's body (6.3), CHUNKED or UNTIL_CLOSE; raises Malformed."""
+    length, coding = content_length(index), index.get(b"transfer-encoding")
+    if method == "HEAD" or status in (204, 304):
+        return 0
+    if coding is None:
+        return UNTIL_CLOSE if length is None else length
+    if length is not None or not minor or coding.lower() != b"chunked":
+        raise Malformed("its transfer coding is unknown or in doubt")
+    return CHUNKED
+
+
+def accepted_request_id(index):
+    """Return the client's id for its request if that is 1 to 128 of 0x21-0x7E, else a new one."""
+    for name in (b"x-request-id", b"request-id"):
+        if name in index and REQUEST_ID.fullmatch(index[name]):
+            return index[name].decode()
+    return str(uuid.uuid4())
+
+
+class Body:
+    """Decodes a message body that is fed in any pieces; of chunks (7.1), extensions and trailers
+    are checked and dropped. `done` turns true at its end; `rest` then holds what came behind it.
+    """
+
+    def __init__(self, length):
+        self._chunked, self._left = length == CHUNKED, max(length, 0)
+        self.done, self.rest = length == 0, b"\r\n" if self._chunked else b""  # as behind a chunk
+
+    def feed(self, data):
+        """Return the bytes of the body that `data` completes; raises Malformed."""
+        if not self._chunked:
+            piece, self.rest = data[:self._left], data[self._left:]
+            self._left -= len(piece)
+            self.done = not self._left
+            return piece
+        data, pieces, at = self.rest + data, [], 0
+        while not self.done:
+            if self._left > 0:
+                pieces.append(data[at:at + self._left])
+                at, self._left = at + len(pieces[-1]), self._left - len(pieces[-1])
+            if self._left == 0 and (line := CHUNK.match(data, at)):
+                at, self._left = line.end(), int(line[1], 16) or -1  # -1: trailers come
+            elif self._left < 0 and (end := TRAILERS.match(data, at)):
+                at, self.done = end.end(), True
+            else:
+                break
+        self.rest = data[at:]
+        if not self.done and not CHUNK_BEGUN[self._left < 0].fullmatch(self.rest) or (
+                not self.done and len(self.rest) > MAX_CHUNK_LINE):
+            raise Malformed("the body's chunks are not of the form of RFC 9112, section 7.1")
+        return b"".join(pieces)
+
+
+def events_end(data):
+    """Return the offset behind the last whole server-sent event in `data`; 0 if there is none.
+
+    An empty line ends an event; a line ends with LF, CR LF or CR (WHATWG HTML, 9.2.5).
+    """
+    if data.endswith(b"\n\n"):
+        return len(data)
+    ends = (data.rfind(gap) + len(gap) for gap in (b"\n\n", b"\n\r\n", b"\r\r") if gap in data)
+    return max(ends, default=0)
+
+
+def refuse_constant(name):
+    """Refuse NaN and the infinities, which Python's parser takes and RFC 8259 does not."""
+    raise ValueError(f"{name} is not JSON")
+
+
+JSON = json.JSONDecoder(parse_constant=refuse_constant)
+
+
+def parse_json(body):
+    """Parse a body to a dict; raises 400 invalid_json for all that is no JSON object.
+
+    It is decoded first: json.loads(bytes) guesses UTF-16, and takes encoded surrogates. Numbers of
+    over 4,300 digits are a ValueError of the standard parser, deep nesting a RecursionError.
+    """
+    try:
+        value = JSON.decode(body.decode())
+    except (ValueError, RecursionError) as error:
+        why = str(error)[:200] if isinstance(error, ValueError) else "it is nested too deeply"
+        raise APIError(400, "invalid_json", f"the body is not valid JSON: {why}") from None
+    if not isinstance(value, dict):
+        raise APIError(400, "invalid_json", "the body must be a JSON object")
+    return value
+
+
+# ==================================================================================================
+# 4. Observability
+#
+# Each request has one Record, filled in where things become known and turned into one line of the
+# log when the request has ended. Prompts, keys and query strings never come into it. What a client
+# chose (method, path, id, model) is ASCII without white space, or quoted: it cannot break a line.
+# ==================================================================================================
+
+
+def log(line):
+    """Write a line to stderr with one write, so that those of threads and processes stay whole."""
+    try:
+        os.write(2, line.encode("ascii", "backslashreplace") + b"\n")
+    except OSError:
+        pass  # a closed stderr is no reason to fail a request
+
+
+def printable(text):
+    """Return at most 100 characters of `text`, as a JSON string if it is not plain ASCII words."""
+    text = text[:100]
+    return text if re.fullmatch(r"[!#-\[\]-~]+", text) else json.dumps(text)
+
+
+class Record:
+    """What is known of one request: bytes of the reply's body, milliseconds, how it came out."""
+
+    __slots__ = ("time", "request_id", "client", "method", "path", "status", "model", "backend",
+                 "stream", "bytes", "first_byte_ms", "duration_ms", "outcome", "_began")
+    _second = (0, "")  # the last second that was formatted: strftime costs as much as all the rest
+
+    def __init__(self, client):
+        self._began, self.client, self.status, self.bytes = time.monotonic(), client, 0, 0
+        self.request_id = self.method = self.path = self.model = self.backend = "-"
+        self.stream, self.first_byte_ms, self.outcome = False, None, "ok"
+
+    def elapsed(self):
+        """Return the milliseconds since the request's first byte."""
+        return (time.monotonic() - self._began) * 1000
+
+    def line(self, form):
+        """End the record and return its line for the log."""
+        now, self.duration_ms = time.time(), round(self.elapsed(), 2)
+        if Record._second[0] != int(now):
+            Record._second = int(now), time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
+        self.method, self.path = self.method[:32], self.path[:256]  # one write to a pipe: 4,096
+        self.time = f"{Record._second[1]}.{int(now % 1 * 1000):03}Z"
+        if form == "json":
+            return json.dumps({name: getattr(self, name) for name in self.__slots__[:-1]})
+        return (f"{self.time} {self.status} {self.method} {self.path} {self.duration_ms}ms"
+                f" first={self.first_byte_ms}ms bytes={self.bytes} stream={self.stream}"
+                f" model={self.model} backend={self.backend} client={self.client}"
+                f" id={self.request_id} {self.outcome}")
+
+
+# ==================================================================================================
+# 5. Backends
+#
+# Requests go out through urllib.request: a bare opener whose one handler, Pool, keeps connections
+# ("links") alive. So no redirect is followed, no field invented, no proxy used unasked. A link goes
+# back to the pool only at a message boundary: body read to its declared end, nothing behind it,
+# neither side said close; and it is used again only if nothing has come since. A request goes out
+# twice only if its link was a reused one that ended before the first byte of an answer, and if
+# repeating it changes nothing: the backend closed the link while it was idle.
+# ==================================================================================================
+
+IDLE_SECONDS = 4        # uvicorn, and so vLLM, closes an idle connection after 5
+RECEIVE_BYTES = 65_536  # one read; larger ones cost more to allocate than they save in calls
+
+REPEATABLE = frozenset("/v1/" + name for name in (  # POSTs that change nothing on the backend
+    "chat/completions", "completions", "embeddings", "moderations", "rerank", "score", "classify",
+    "tokenize", "detokenize", "audio/speech", "audio/transcriptions", "audio/translations"))
+
+
+def set_timeouts(sock, receive, send):
+    """Bound each receive and each send of a blocking socket, in seconds.
+
+    With the kernel's own timeouts a call stays one system call; settimeout() makes it two, a poll
+    and the operation. It serves where they are missing, and for TLS, where Python's ssl needs it.
+    """
+    if os.name != "posix" or isinstance(sock, ssl.SSLSocket):
+        return sock.settimeout(receive)
+    for option, limit in ((socket.SO_RCVTIMEO, receive), (socket.SO_SNDTIMEO, send)):
+        whole, part = divmod(max(limit, 0.001), 1)  # 0 would mean for ever
+        sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", int(whole), int(part * 1e6)))
+
+
+def proxy_for(scheme, host):
+    """Return the environment's proxy for this host as a SplitResult, or None; none for loopback."""
+    name = urllib.parse.urlsplit(f"//{host}").hostname or ""
+    try:
+        local = ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        local = name == "localhost" or name.endswith(".localhost")
+    address = urllib.request.getproxies().get(scheme)
+    if local or not address or urllib.request.proxy_bypass(host):
+        return None
+    return urllib.parse.urlsplit(address if "://" in address else f"http://{address}")
+
+
+class BackendRequest(urllib.request.Request):
+    """A request on its way to a backend; `fields` are its header lines, ready as bytes.
+
+    It sets the documented attributes of urllib's Request itself, and plain ones: the stock
+    __init__ parses the address each time, 7 us of the request's 50. `link` is the connection that
+    it holds, changed by the Pool alone; `cancelled` becomes true when the client has gone.
+    """
+
+    full_url = data = None  # plain attributes here, properties there
+    unverifiable, origin_req_host = False, ""
+
+    def __init__(self, backend, method, target, fields, body, repeatable):
+        self.type, self.host, self.selector = backend.scheme, backend.host, backend.path + target
+        self.full_url, self.method, self.data = backend.origin + self.selector, method, body
+        self.headers, self.fields, self.repeatable = {}, fields, repeatable
+        self.link, self.cancelled = None, False
+
+
+class Link:
+    """One connection to a backend: `key` is its scheme and host.
+
+    `proxy_fields` is None, or what a request adds for the http proxy at the other end.
+    """
+
+    def __init__(self, sock, key, proxy_fields):
+        self.sock, self.key, self.proxy_fields, self.idle_since = sock, key, proxy_fields, 0.0
+        self._poller = select.poll() if hasattr(select, "poll") else None
+        if self._poller:
+            self._poller.register(sock, select.POLLIN)
+
+    def send(self, head, body):
+        """Send a request; raises BackendTimeout.
+
+        A send that breaks off may hide an answer that is there already, such as a 413 and a close;
+        so what became of it is for receive() to find out.
+        """
+        try:
+            if len(body) < RECEIVE_BYTES:
+                self.sock.sendall(head + body)
+            else:
+                self.sock.sendall(head)
+                self.sock.sendall(body)
+        except (TimeoutError, BlockingIOError):
+            raise BackendTimeout from None
+        except OSError:
+            pass
+
+    def receive(self):
+        """Return the next bytes, b"" at their end, None where the connection broke."""
+        try:
+            return self.sock.recv(RECEIVE_BYTES)
+        except (TimeoutError, BlockingIOError):
+            raise BackendTimeout from None
+        except OSError:
+            return None
+
+    def is_readable(self):
+        """Tell whether bytes or an end have come, which an idle link has no reason for."""
+        return bool(self._poller.poll(0) if self._poller
+                    else select.select([self.sock], [], [], 0)[0])
+
+
+class Response:
+    """A backend's response: its head, and its body as it comes.
+
+    `whole` tells that all of the body came with the head; `rest` is what came.
+    """
+
+    def __init__(self, pool, request, status_line, index, lines, rest):
+        minor, self.status, self.reason = *map(int, status_line.group(1, 2)), status_line[3] or b""
+        self.index, self.lines, self._pool, self._request = index, lines, pool, request
+        self.length = response_length(request.method, self.status, index, minor)
+        self._persistent, self.rest = is_persistent(index, minor), rest
+        self.whole = 0 <= self.length <= len(rest)
+        if self.whole:
+            self.rest = rest[:self.length]
+            self._finish(len(rest) == self.length)
+
+    def _finish(self, at_boundary):
+        """The body is whole: keep the link if nothing else is on it."""
+        (self._pool.keep if at_boundary and self._persistent else self._pool.drop)(self._request)
+
+    def pieces(self):
+        """Yield the body as it comes; raises Broken or BackendTimeout if it is not whole."""
+        link, data, body = self._request.link, self.rest, Body(self.length)
+        while True:
+            try:
+                piece = body.feed(data)
+            except Malformed as error:
+                raise Broken(f"broke HTTP: {error.message}") from None
+            if body.done:
+                self._finish(not body.rest)
+            if piece:
+                yield piece
+            if body.done:
+                return
+            data = link.receive()
+            if data == b"" and self.length == UNTIL_CLOSE:
+                return
+            if not data:
+                raise Broken("closed the connection in the middle of its response")
+
+
+class Pool(urllib.request.BaseHandler):
+    """The handler of urllib's opener for http and https: it keeps links alive.
+
+    Invariant: an open link is either in `_idle` or held by one request; both change under `_lock`
+    alone, and links are closed after it.
+    """
+
+    def __init__(self, settings):
+        self._settings, self._lock, self._idle, self._tls = settings, threading.Lock(), {}, None
+
+    def http_open(self, request):
+        """Send a BackendRequest and return its Response, whose head has come.
+
+        Raises Unreachable, Broken, NoAnswer or BackendTimeout.
+        """
+        reused = self._take(request)
+        try:
+            return self._exchange(request)
+        except NoAnswer:
+            if not reused or not request.repeatable or request.cancelled:
+                raise
+        self.drop(request)
+        self._dial(request)
+        return self._exchange(request)
+
+    https_open = http_open
+
+    def _exchange(self, request):
+        """Send the request and read the head of its response, past any 1xx (RFC 9110, 15.2)."""
+        link, data, failure = request.link, b"", NoAnswer
+        if request.cancelled:
+            raise ClientGone
+        target = request.selector if link.proxy_fields is None else request.full_url
+        link.send(b"%b %b HTTP/1.1\r\n%b%b\r\n" % (
+            request.method.encode(), target.encode(), request.fields, link.proxy_fields or b""),
+            request.data)
+        try:
+            while True:
+                scanned = 0
+                while (end := find_head(data, scanned)) < 0:
+                    piece = link.receive()
+                    if not piece:
+                        raise failure("closed the connection before its response was there")
+                    data, scanned, failure = data + piece, len(data), Broken
+                start, index, lines = parse_head(data[:end], NOT_RETURNED)
+                status_line, data = STATUS_LINE.fullmatch(start), data[end + 2:]
+                if not status_line or status_line[2] == b"101":  # nobody asked to switch protocols
+                    raise Malformed("its status line is not of the form 'HTTP/1.1 200 OK'")
+                if status_line[2] >= b"200":
+                    return Response(self, request, status_line, index, lines, data)
+        except Malformed as error:
+            raise Broken(f"broke HTTP: {error.message}") from None
+
+    def _take(self, request):
+        """Give the request a link; tell whether it was used before."""
+        while True:
+            with self._lock:
+                idle = self._idle.get((request.type, request.host))
+                link = request.link = idle.pop() if idle else None
+            if not link:
+                self._dial(request)
+                return False
+            if time.monotonic() - link.idle_since < IDLE_SECONDS and not link.is_readable():
+                return True
+            self.drop(request)
+
+    def _dial(self, request):
+        """Give the request a new link; http.client does TLS and CONNECT. Raises Unreachable."""
+        limits, key, proxy, login = self._settings, (request.type, request.host), None, {}
+        try:
+            proxy = proxy_for(*key)
+            if proxy and proxy.username:
+                words = urllib.parse.unquote(f"{proxy.username}:{proxy.password or ''}")
+                login = {"Proxy-Authorization": f"Basic {b64encode(words.encode()).decode()}"}
+            address = proxy.netloc.rpartition("@")[2] if proxy else request.host
+            if request.type == "https":
+                self._tls = self._tls or ssl.create_default_context()  # honours SSL_CERT_FILE
+                connection = http.client.HTTPSConnection(
+                    address, timeout=limits.connect_timeout, context=self._tls)
+                if proxy:
+                    connection.set_tunnel(request.host, headers=login)
+            else:
+                connection = http.client.HTTPConnection(address, timeout=limits.connect_timeout)
+            connection.connect()
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise Unreachable(
+                f"the backend {request.type}://{request.host} cannot be reached"
+                f"{' by its proxy' if proxy else ''}: {error}; is it running? BACKEND_URL right?"
+            ) from None
+        connection.sock.settimeout(None)
+        if request.type == "https":
+            connection.sock.suppress_ragged_eofs = False  # an end without its alert is a cut (9.8)
+        set_timeouts(connection.sock, limits.backend_timeout, limits.backend_timeout)
+        fields = "".join(f"{name}: {value}\r\n" for name, value in login.items()).encode()
+        with self._lock:
+            request.link = Link(connection.sock, key,
+                                fields if proxy and request.type == "http" else None)
+
+    def keep(self, request):
+        """Put the request's link back for the next request."""
+        with self._lock:
+            link = request.link
+            link.idle_since = time.monotonic()
+            if not request.cancelled:
+                request.link = None
+                self._idle.setdefault(link.key, []).append(link)
+        self.drop(request)
+
+    def drop(self, request):
+        """Close the request's link, if it holds one still."""
+        if request.link:
+            with self._lock:
+                link, request.link = request.link, None
+            link.sock.close()
+
+    def cancel(self, request):
+        """End a request from another thread: what waits on its link sees the end at once.
+
+        The lock is held over the shutdown, which does not block: the link is still this request's.
+        """
+        with self._lock:
+            request.cancelled = True
+            if request.link:
+                try:
+                    socket.socket.shutdown(request.link.sock, socket.SHUT_RDWR)  # below any TLS
+                except OSError:
+                    pass
+
+    def expire(self):
+        """Close the links that have been idle for too long."""
+        before, old = time.monotonic() - IDLE_SECONDS, []
+        with self._lock:
+            for links in self._idle.values():
+                while links and links[0].idle_since < before:  # the longest idle is first
+                    old.append(links.pop(0))
+        for link in old:
+            link.sock.close()
+
+
+class Backend:
+    """A server to forward to, by its parsed address."""
+
+    def __init__(self, url):
+        self.url, parts = url, urllib.parse.urlsplit(url)
+        self.scheme, self.host, self.path = parts.scheme, parts.netloc, parts.path
+        self.origin = f"{parts.scheme}://{parts.netloc}"
+        self.host_line = b"Host: " + parts.netloc.encode()
+
+
+class Backends:
+    """Where requests are forwarded to."""
+
+    def __init__(self, settings):
+        self.backend, self.pool = Backend(settings.backend_url), Pool(settings)
+        self._opener = urllib.request.OpenerDirector()
+        self._opener.add_handler(self.pool)
+
+    def open(self, request):
+        """Return the Response to a BackendRequest; raises APIError, or ClientGone if cancelled."""
+        return self._opener.open(request)
+
+
+# ==================================================================================================
+# 6. Echo
+#
+# The answer without a backend: "Echo: " and the last user message, as one completion or as events.
+# Tokens are words between white space. Only here are messages looked into: what is forwarded is for
+# the backend to judge.
+# ==================================================================================================
+
+
+def wrong_type(param, what):
+    """Return the error for a field of the wrong type."""
+    return APIError(400, "invalid_type", f"'{param}' must be {what}", param)
+
+
+def text_of(message, param):
+    """Return a message's text: its content, the text parts of that joined, or "" for null."""
+    if not isinstance(message, dict):
+        raise wrong_type(param, "an object {role, content}")
+    content = message.get("content")
+    if isinstance(content, list):
+        parts = [part.get("text") for part in content
+                 if isinstance(part, dict) and part.get("type") == "text"]
+        content = "".join(parts) if all(isinstance(part, str) for part in parts) else 0
+    if content is not None and not isinstance(content, str):
+        raise wrong_type(f"{param}.content", "a string or an array of content parts")
+    return content or ""
+
+
+class Echo:
+    """The answer to a chat completion request, in OpenAI's shapes; raises 400 if it is no such."""
+
+    def __init__(self, asked, request_id):
+        messages, options = asked.get("messages"), asked.get("stream_options")
+        if messages is None:
+            raise APIError(400, "missing_required_parameter",
+                           "give 'messages', an array of {role, content}", "messages")
+        if not isinstance(messages, list):
+            raise wrong_type("messages", "an array of {role, content}")
+        if not messages:
+            raise APIError(400, "empty_array", "'messages' needs a message", "messages")
+        for name, kind, what in (("model", str, "a string"), ("stream", bool, "true or false"),
+                                 ("stream_options", dict, "an object")):
+            if asked.get(name) is not None and not isinstance(asked[name], kind):
+                raise wrong_type(name, what)
+        texts = [text_of(message, f"messages[{i}]") for i, message in enumerate(messages)]
+        said = [text for text, message in zip(texts, messages) if message.get("role") == "user"]
+        self.text, self.model = "Echo: " + (said or texts)[-1], asked.get("model") or "echo"
+        prompt, completion = sum(len(text.split()) for text in texts), len(self.text.split())
+        self.usage = {"prompt_tokens": prompt, "completion_tokens": completion,
+                      "total_tokens": prompt + completion}
+        self.with_usage = options and options.get("include_usage") is True
+        self.base = {"id": request_id, "object": "chat.completion", "created": int(time.time()),
+                     "model": self.model}
+
+    def completion(self):
+        """Return the chat.completion as JSON bytes."""
+        choice = {"index": 0, "message": {"role": "assistant", "content": self.text},
+                  "logprobs": None, "finish_reason": "stop"}
+        return json.dumps(self.base | {"choices": [choice], "usage": self.usage}).encode()
+
+    def events(self):
+        """Yield chat.completion.chunk events: the role, each word, the end, the usage; [DONE]."""
+        base = self.base | {"object": "chat.completion.chunk"}
+        usage = {"usage": None} if self.with_usage else {}
+        words = ({"content": word} for word in re.findall(r"\S+\s*", self.text))
+        for delta in ({"role": "assistant", "content": ""}, *words, {}):
+            choice = {"index": 0, "delta": delta, "logprobs": None,
+                      "finish_reason": None if delta else "stop"}
+            yield event(json.dumps(base | {"choices": [choice]} | usage).encode())
+        if self.with_usage:
+            yield event(json.dumps(base | {"choices": [], "usage": self.usage}).encode())
+        yield event(b"[DONE]")
+
+
+def event(data):
+    """Return one server-sent event."""
+    return b"data: %b\n\n" % data
+
+
+# ==================================================================================================
+# 7. Handler
+#
+# One object and one thread for each connection, one handle_one_request for each request. `length`
+# is that of the body which the client still owes, without end until its head has been understood: a
+# connection is kept only if that body was read. `begun` tells that a part of the reply has been
+# sent; from then on an error can only be an event in a stream, or a cut.
+# ==================================================================================================
+
+MIN_BODY_RATE = 1_000      # bytes a second that a body has to make on average: a modem's pace
+SKIP_BYTES = 65_536        # a body up to this is read after a refusal, to keep the connection
+MAX_EVENT_BYTES = 262_144  # the beginning of an event is held back up to this
+LINGER_SECONDS = 5         # for a refused client to stop sending; nginx gives as many
+
+PARSED = frozenset(("/v1/chat/completions", "/v1/completions"))  # POSTs here must be JSON objects
+ECHO_MODEL = {"id": "echo", "object": "model", "created": 0, "owned_by": "gateway"}
+OWN_PATHS = {"/healthz": ("GET", "HEAD"), "*": ("GET", "HEAD", "POST")}
+ECHO_PATHS = {"/v1/chat/completions": ("POST",), "/v1/models": ("GET", "HEAD"),
+              "/v1/models/echo": ("GET", "HEAD")}
+JSON_TYPE = b"Content-Type: application/json"
+EVENT_TYPE = b"Content-Type: text/event-stream; charset=utf-8"
+UNBUFFERED = {b"cache-control": b"Cache-Control: no-cache",  # asks proxies before us to pass events
+              b"x-accel-buffering": b"X-Accel-Buffering: no"}
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Serves one client's connection.
+
+    Invariant: `buffer` holds what came and was not used; `forwarding` is the BackendRequest under
+    way, which Server.sweep cancels if the client has gone.
+    """
+
+    def setup(self):
+        self.settings, self.connection = self.server.settings, self.request
+        self.buffer, self.patience, self.record, self.forwarding = b"", 0, None, None
+        self.idle = self.lingering = False
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.server.connections[self.connection] = self
+
+    def finish(self):
+        """Let a refused client read its reply.
+
+        Closing with input unread sends RST, which destroys what it has not read (9.6). So say that
+        no more comes, and discard for a while what it sends.
+        """
+        deadline = time.monotonic() + LINGER_SECONDS
+        try:
+            if self.lingering:
+                self.connection.shutdown(socket.SHUT_WR)
+                while self.receive(deadline):
+                    pass
+        except (APIError, OSError):
+            pass
+
+    def handle_one_request(self):
+        """Serve one request. Whatever happens, it ends in one reply and one line of the log."""
+        self.close_connection, self.length, self.minor = True, UNTIL_CLOSE, 1
+        self.begun = self.expects = self.at_boundary = self.ends_by_closing = False
+        if not self.receive_first():
+            return
+        record = self.record = Record(self.client_address[0])
+        try:
+            self.read_head()
+            self.dispatch()
+        except APIError as error:
+            self.fail(error)
+        except ClientGone:
+            self.give_up()
+        except Exception:
+            log(f"internal error, id={record.request_id}\n{traceback.format_exc()}")
+            self.fail(APIError(500, "internal_error", "the gateway failed; its log says why"))
+        finally:
+            log(record.line(self.settings.log_format))
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    def receive_first(self):
+        """Wait for a request to begin, behind any empty lines (2.2); return whether one did.
+
+        Silence is answered with silence: by closing.
+        """
+        deadline = time.monotonic() + self.settings.client_timeout
+        try:
+            while True:
+                while self.buffer.startswith(b"\r\n"):
+                    self.buffer = self.buffer[2:]
+                if self.buffer not in (b"", b"\r"):
+                    return True
+                self.idle = True
+                piece = self.receive(deadline)
+                if not piece:
+                    return False
+                self.buffer += piece
+        except APIError:
+            return False
+        finally:
+            self.idle = False
+
+    def receive(self, deadline):
+        """Return what the client sends next, b"" at its end; raises 408 past the deadline.
+
+        The socket's timeout is set only if it is off by a tenth: that is two system calls. Whoever
+        calls again for more is held to the deadline itself.
+        """
+        left = deadline - time.monotonic()
+        if not 0.9 * self.patience < left < 1.1 * self.patience and left > 0:
+            self.patience = left
+            set_timeouts(self.connection, left, self.settings.client_timeout)
+        try:
+            if left > 0:
+                return self.connection.recv(RECEIVE_BYTES)
+        except (TimeoutError, BlockingIOError):
+            pass
+        except OSError:
+            return b""
+        raise APIError(408, "request_timeout", "the request came too slowly; send it again",
+                       close=True)
+
+    def read_head(self):
+        """Read and judge the request's head: request id, method, target, framing, persistence."""
+        scanned, deadline, record = 0, None, self.record
+        while True:
+            end = find_head(self.buffer, scanned)
+            if end >= 0:
+                break
+            scanned = len(self.buffer)
+            deadline = deadline or time.monotonic() + self.settings.client_timeout
+            piece = self.receive(deadline)
+            if not piece:
+                raise Malformed("the head of the request was cut off")
+            self.buffer += piece
+        line, index, self.lines = parse_head(self.buffer[:end], NOT_FORWARDED)
+        self.index, record.request_id = index, accepted_request_id(index)
+        record.method, target, self.minor = parse_request_line(line)
+        self.authority, target = parse_target(record.method, target, index, self.minor)
+        self.target = target.decode()
+        record.path = self.target.partition("?")[0]
+        self.length, self.buffer = request_length(index, self.minor), self.buffer[end + 2:]
+        self.close_connection = not is_persistent(index, self.minor)
+        if self.minor and b"expect" in index:
+            self.expects = True
+            if index[b"expect"].lower() != b"100-continue":
+                raise APIError(417, "expectation_failed", "the one expectation met here is"
+                               " 100-continue", close=True)
+
+    def read_body(self):
+        """Return the request's body, whole; raises 413, 408 or Malformed.
+
+        100 Continue goes out here (RFC 9110, 10.1.1), for by now the request is one to be answered.
+        The deadline moves with what has come: a slow line is served, a stalled one is not.
+        """
+        limit, began, body = self.settings.max_body_bytes, time.monotonic(), Body(self.length)
+        too_large = APIError(413, "request_too_large", f"a body may have {limit} bytes; send less,"
+                             " or raise MAX_BODY_BYTES", close=True)
+        if self.length > limit:
+            raise too_large
+        if self.expects and not self.buffer:
+            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        pieces, received, data = [], 0, self.buffer
+        while True:
+            pieces.append(body.feed(data))
+            received += len(pieces[-1])
+            if received > limit:
+                raise too_large
+            if body.done:
+                self.buffer, self.length = body.rest, 0
+                return b"".join(pieces)
+            data = self.receive(began + self.settings.client_timeout + received / MIN_BODY_RATE)
+            if not data:
+                raise Malformed("the body of the request was cut off")
+
+    # -- answering ---------------------------------------------------------------------------------
+
+    def dispatch(self):
+        """Answer the request whose head has been read."""
+        record, path = self.record, self.record.path
+        methods = self.server.paths.get(path)
+        if methods is None and path.startswith("/v1/") and self.server.backends:
+            if record.method not in ("CONNECT", "TRACE"):  # which are about the way, not the end
+                return self.forward()
+            methods = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+        if methods is None:
+            raise APIError(404, "unknown_url", f"nothing is at {printable(path)}; use the base URL"
+                           " http://HOST:PORT/v1" + ("" if self.server.backends else
+                                                     " (in echo mode: chat/completions, models)"))
+        allow = f"Allow: {', '.join(methods)}, OPTIONS".encode()
+        if record.method not in (*methods, "OPTIONS"):
+            raise APIError(405, "method_not_allowed", f"{path} takes {', '.join(methods)}",
+                           headers=(allow,))
+        body = self.read_body()
+        if record.method == "OPTIONS":
+            self.reply(204, b"", (allow,))
+        elif path == "/healthz":
+            self.reply(200, b'{"status": "ok"}')
+        elif path == "/v1/chat/completions":
+            self.echo(parse_json(body))
+        else:
+            models = {"object": "list", "data": [ECHO_MODEL]}
+            self.reply(200, json.dumps(models if path == "/v1/models" else ECHO_MODEL).encode())
+
+    def echo(self, asked):
+        """Answer a chat completion request by ourselves."""
+        echo = Echo(asked, self.record.request_id)
+        self.record.model, self.record.stream = printable(echo.model), bool(asked.get("stream"))
+        if not self.record.stream:
+            return self.reply(200, echo.completion())
+        self.begin(200, b"OK", [EVENT_TYPE, *UNBUFFERED.values(), self.server.date], UNTIL_CLOSE)
+        for piece in echo.events():
+            self.write_piece(piece)
+        self.write_end()
+
+    def forward(self):
+        """Answer with what the backend answers."""
+        record, backends, body = self.record, self.server.backends, self.read_body()
+        if record.method == "POST":
+            self.look_into(body)
+        backend, repeatable = backends.backend, record.method in ("GET", "HEAD")
+        record.backend = backend.url
+        self.forwarding = request = BackendRequest(
+            backend, record.method, self.target, self.fields_for(backend, body), body,
+            repeatable or record.method == "POST" and record.path in REPEATABLE)
+        try:
+            self.relay(backends.open(request))
+        except APIError:
+            if not request.cancelled:
+                raise
+        finally:
+            self.forwarding = None
+            backends.pool.drop(request)  # unless it is back already: this stops the backend's work
+        if request.cancelled:
+            raise ClientGone
+
+    def look_into(self, body):
+        """Note model and stream of posted JSON; raises 400 if it must be an object and is not."""
+        must = self.record.path in PARSED
+        try:
+            if must or self.index.get(b"content-type", b"").startswith(b"application/json"):
+                asked = parse_json(body)
+                self.record.stream, model = asked.get("stream") is True, asked.get("model")
+                self.record.model = printable(model) if isinstance(model, str) else "-"
+        except APIError:
+            if must:
+                raise
+
+    def fields_for(self, backend, body):
+        """Return the request's header lines for a backend: the client's and our own."""
+        index, record = self.index, self.record
+        before = index[b"x-forwarded-for"] + b", " if b"x-forwarded-for" in index else b""
+        lines = [backend.host_line, *self.lines,
+                 b"X-Request-ID: " + record.request_id.encode(),
+                 b"X-Forwarded-For: " + before + record.client.encode(),
+                 b"X-Forwarded-Proto: " + index.get(b"x-forwarded-proto", b"http"),
+                 b"X-Forwarded-Host: " + index.get(b"x-forwarded-host", self.authority)]
+        if body or record.method in ("POST", "PUT", "PATCH"):
+            lines.append(b"Content-Length: %d" % len(body))
+        lines.append(b"")
+        return b"\r\n".join(lines)
+
+    def relay(self, response):
+        """Pass the response on, each piece as it comes; raises Broken if it does not become whole.
+
+        Of an event stream, what is behind the last whole event is held back: if the backend dies,
+        an error event can follow at a boundary.
+        """
+        index, lines, length, record = response.index, response.lines, response.length, self.record
+        theirs = index.get(b"x-request-id", index.get(b"x-backend-request-id"))
+        if theirs and theirs != record.request_id.encode():
+            lines.append(b"X-Backend-Request-ID: " + theirs)
+        if b"date" not in index:
+            lines.append(self.server.date)
+        if record.method == "HEAD" or response.status in (204, 304):
+            if b"content-length" in index and response.status != 204:  # what a GET would have
+                lines.append(b"Content-Length: " + index[b"content-length"])
+            self.begin(response.status, response.reason, lines, None)
+            return self.write(b"")
+        events = (index.get(b"content-type", b"").lower().startswith(b"text/event-stream")
+                  and b"content-encoding" not in index)
+        if events:
+            lines += [line for name, line in UNBUFFERED.items() if name not in index]
+        if response.whole:
+            self.begin(response.status, response.reason, lines, length)
+            record.bytes = length
+            return self.write(response.rest)
+        self.begin(response.status, response.reason, lines, UNTIL_CLOSE if events else length)
+        self.write(b"")
+        self.at_boundary, tail, ended = events, b"", length != UNTIL_CLOSE
+        for piece in response.pieces():
+            ended = ended or LAST_EVENT.search(tail + piece)
+            if events:
+                piece = tail + piece
+                end = events_end(piece)
+                self.at_boundary = bool(end) or self.at_boundary and len(piece) <= MAX_EVENT_BYTES
+                end = end if self.at_boundary else len(piece)  # too long to be held back
+                piece, tail = piece[:end], piece[end:]
+            self.write_piece(piece)
+        if events and not ended and (tail or record.path in PARSED and response.status == 200):
+            raise Broken("closed the connection before the end of its event stream")
+        self.write_piece(tail)
+        self.write_end()
+
+    def reply(self, status, body=b"", lines=()):
+        """Answer with JSON of our own."""
+        lines = [*lines, JSON_TYPE, self.server.date] if body else [*lines, self.server.date]
+        self.begin(status, HTTPStatus(status).phrase.encode(), lines,
+                   len(body) if status != 204 else None)
+        body = b"" if self.record.method == "HEAD" else body
+        self.record.bytes = len(body)
+        self.write(body)
+
+    def begin(self, status, reason, lines, length):
+        """Make the head of the reply ready; it goes out with the first write.
+
+        `length` is that of the body; None for a head that needs no framing. An unknown one is
+        framed as chunks, or for a client of HTTP/1.0 by closing.
+        """
+        self.chunked, self.record.status = False, status
+        framing = b""
+        if length is None:
+            pass
+        elif 0 <= length < UNTIL_CLOSE:
+            framing = b"Content-Length: %d\r\n" % length
+        elif self.minor:
+            self.chunked, framing = True, b"Transfer-Encoding: chunked\r\n"
+        else:
+            self.close_connection = self.ends_by_closing = True
+        if self.close_connection or self.server.draining:
+            self.close_connection, framing = True, framing + b"Connection: close\r\n"
+        elif not self.minor:
+            framing += b"Connection: keep-alive\r\n"
+        self.pending = b"HTTP/1.1 %d %b\r\n%b\r\n%bX-Request-ID: %b\r\n\r\n" % (
+            status, reason, b"\r\n".join(lines), framing, self.record.request_id.encode())
+
+    def write_piece(self, piece):
+        """Write a piece of a body of unknown length; an empty one would end it."""
+        if piece:
+            self.record.bytes += len(piece)
+            self.write(b"%x\r\n%b\r\n" % (len(piece), piece) if self.chunked else piece)
+
+    def write_end(self):
+        """End a body of unknown length: it is whole."""
+        if self.chunked:
+            self.write(b"0\r\n\r\n")
+
+    def write(self, data):
+        """Send a part of the reply, with its head before the first."""
+        if not self.begun:
+            self.begun, data = True, self.pending + data
+            self.record.first_byte_ms = round(self.record.elapsed(), 2)
+        self.send(data)
+
+    def send(self, data):
+        """Send bytes as fast as the client takes them; raises ClientGone if it does not."""
+        try:
+            self.connection.sendall(data)
+        except OSError:
+            raise ClientGone from None
+
+    # -- failing well ------------------------------------------------------------------------------
+
+    def fail(self, error):
+        """Answer with an error: as JSON, in a begun event stream as an event, else by a cut."""
+        record, record.outcome = self.record, error.code
+        if record.request_id == "-":  # the head was not understood; an id in it counts all the same
+            lines = REQUEST_ID_LINE.findall(self.buffer.partition(b"\r\n\r\n")[0])
+            record.request_id = accepted_request_id({n.lower(): value for n, value in lines[::-1]})
+        try:
+            if self.begun:
+                self.close_connection = True
+                if self.at_boundary:
+                    self.write_piece(event(error.body()))
+                elif self.ends_by_closing:  # FIN would say that the body is whole: send RST
+                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                               struct.pack("ii", 1, 0))
+                    self.connection.close()
+                return
+            if error.close or self.expects or not 0 <= self.length <= SKIP_BYTES:
+                self.close_connection = self.lingering = True
+            self.reply(error.status, error.body(), error.headers)
+            if not self.close_connection:
+                self.read_body()
+        except (APIError, ClientGone):
+            self.close_connection = True
+
+    def give_up(self):
+        """Nobody is left to answer."""
+        self.close_connection, self.record.status, self.record.outcome = True, 499, "client_closed"
+
+
+# ==================================================================================================
+# 8. Server
+#
+# Binds, gives each connection a thread, and refuses those past the limit. Ten times a second it
+# looks for clients that left while a backend works for them. To stop, it takes no more connections
+# and waits for the requests in flight.
+# ==================================================================================================
+
+SWEEP_SECONDS = 0.1   # a vanished client's backend is stopped within about this
+PARTING_SECONDS = 1   # a refused connection stays open so long, for its 503 to arrive
+STACK_BYTES = 2 << 20  # of a thread: with 1 MiB or less, deeply nested JSON kills the process
+
+
+class Server(ThreadingHTTPServer):
+    """The listening socket, and the connections: a dict of socket to Handler (None at first)."""
+
+    request_queue_size = 4096  # the stock backlog of 5 loses connections in any burst
+    allow_reuse_address = os.name == "posix"  # elsewhere it would let two servers share a port
+
+    def __init__(self, settings):
+        self.settings, self.connections, self.parting, self.draining = settings, {}, [], False
+        self.backends = Backends(settings) if settings.backend_url else None
+        self.paths = OWN_PATHS if self.backends else OWN_PATHS | ECHO_PATHS
+        self.address_family = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+        super().__init__((settings.host, settings.port), Handler)
+        self.sweep()
+
+    def server_bind(self):
+        """Bind without the stock look-up of the host's name, which takes 35 s if DNS is down."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]
+
+    def get_request(self):
+        """Accept a connection; out of descriptors, wait for some rather than spin."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                time.sleep(SWEEP_SECONDS)
+            raise
+
+    def process_request(self, request, client_address):
+        """Serve a connection in a thread of its own, or refuse it.
+
+        Thread.start() would wait for the thread to run: 0.8 s for 128 connections at once.
+        """
+        if len(self.connections) < self.settings.max_connections:
+            self.connections[request] = None
+            try:
+                start_new_thread(self.process_request_thread, (request, client_address))
+                return
+            except RuntimeError:  # the system has no thread left
+                self.connections.pop(request)
+        body = APIError(503, "too_many_connections", "the gateway has no room for one more"
+                        " connection; try again, or raise MAX_CONNECTIONS").body()
+        try:
+            request.setblocking(False)
+            request.send(b"HTTP/1.1 503 Service Unavailable\r\n%b\r\n%bContent-Length: %d\r\n"
+                         b"X-Request-ID: %b\r\nRetry-After: 1\r\nConnection: close\r\n\r\n%b" % (
+                             JSON_TYPE, self.date + b"\r\n", len(body),
+                             str(uuid.uuid4()).encode(), body))
+            request.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+        self.parting.append((time.monotonic() + PARTING_SECONDS, request))
+
+    def shutdown_request(self, request):
+        self.connections.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request, client_address):
+        """Log what escaped a Handler, as one write."""
+        log(f"internal error, client={client_address[0]}\n{traceback.format_exc()}")
+
+    def service_actions(self):
+        if time.monotonic() >= self.next_sweep:
+            self.sweep()
+
+    def sweep(self):
+        """Cancel what is forwarded for clients that have gone; close what is due to be closed."""
+        self.next_sweep = time.monotonic() + SWEEP_SECONDS
+        self.date, forwarding = f"Date: {formatdate(usegmt=True)}".encode(), {}
+        for connection, handler in list(self.connections.items()):
+            if handler and (request := handler.forwarding) and not request.cancelled:
+                forwarding[connection.fileno()] = request
+        for descriptor in hung_up(forwarding):
+            self.backends.pool.cancel(forwarding[descriptor])
+        if self.backends:
+            self.backends.pool.expire()
+        while self.parting and (self.parting[0][0] < time.monotonic() or len(self.parting) > 1000):
+            self.parting.pop(0)[1].close()
+
+    def drain(self, is_over):
+        """Stop listening and wait until the requests in flight have ended; tell whether they did.
+
+        Connections made before are still answered, with `Connection: close`. Idle ones are closed;
+        new ones a moment later, for their request to arrive. `is_over` waits for the next sweep,
+        and tells whether to stop waiting.
+        """
+        self.draining, began = True, time.monotonic()
+        self.shutdown()
+        self.socket.setblocking(False)
+        try:
+            while True:
+                self.process_request(*self.get_request())
+        except OSError:
+            self.server_close()
+        while self.connections and not is_over():
+            new = time.monotonic() < began + PARTING_SECONDS
+            for connection, handler in list(self.connections.items()):
+                if handler and handler.idle and not (new and handler.record is None):
+                    try:
+                        connection.shutdown(socket.SHUT_RD)  # what has arrived can still be read
+                    except OSError:
+                        pass
+            self.sweep()
+        return not self.connections
+
+
+def hung_up(descriptors):
+    """Return those whose peer has closed its connection; a half-close counts, as for nginx and Go.
+
+    Where there is no poll (Windows), a client's leaving is noticed when something is sent to it.
+    """
+    if not hasattr(select, "poll"):
+        return []
+    poller = select.poll()
+    for descriptor in descriptors:
+        if descriptor >= 0:
+            poller.register(descriptor, getattr(select, "POLLRDHUP", 0))  # POLLHUP always counts
+    return [descriptor for descriptor, _ in poller.poll(0)]
+
+
+# ==================================================================================================
+# 9. main
+#
+# Exit status: 0 after a drain, 1 if the address cannot be had, 2 for a bad setting. Signals have no
+# handlers: they are blocked in all threads, and the main thread waits for them. (A handler may run
+# just before the thread goes to sleep, and the signal is lost.)
+# ==================================================================================================
+
+
+def prepare_descriptors():
+    """Have 0, 1 and 2 open, or a socket would get the log; take as many more as are allowed.
+
+    The soft limit is often 1,024, and a forwarded request takes two.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    try:
+        import resource  # not on Windows
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (ImportError, OSError, ValueError):
+        pass
+
+
+def start_up_line(server):
+    """Return the line that says where the gateway listens and what it does; it holds no secret."""
+    host, port = server.server_address[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    line = f"gateway.py {__version__} listening on {address}"
+    if not server.backends:
+        here = address.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+        return f"{line} in echo mode; try: {EXAMPLE.replace('http://127.0.0.1:8080', here)}"
+    backend = server.backends.backend
+    proxy = proxy_for(backend.scheme, backend.host)
+    by = f" by the proxy {proxy.netloc.rpartition('@')[2]}" if proxy else ""
+    return f"{line}, forwarding to {backend.url}{by}"
+
+
+def main():
+    """Run the gateway until SIGTERM or SIGINT; return the exit status."""
+    settings, stop = read_settings(sys.argv[1:], os.environ), {signal.SIGTERM, signal.SIGINT}
+    can_wait = hasattr(signal, "sigwait")  # not on Windows, where Ctrl-C raises KeyboardInterrupt
+    if can_wait:
+        signal.pthread_sigmask(signal.SIG_BLOCK, stop)
+    prepare_descriptors()
+    threading.stack_size(STACK_BYTES)
+    try:
+        server = Server(settings)
+    except (OSError, ValueError) as error:
+        log(f"gateway.py: cannot listen on {printable(settings.host)} port {settings.port}:"
+            f" {getattr(error, 'strerror', None) or error}; set HOST and PORT")
+        return 1
+    log(start_up_line(server))
+    threading.Thread(target=server.serve_forever, args=(SWEEP_SECONDS,), daemon=True).start()
+    try:
+        signal.sigwait(stop) if can_wait else threading.Event().wait()
+    except KeyboardInterrupt:
+        pass
+    deadline = time.monotonic() + settings.shutdown_timeout
+
+    def is_over():
+        time.sleep(SWEEP_SECONDS)
+        if can_wait and (again := signal.sigpending() & stop):
+            os._exit(128 + min(again))  # a second signal ends at once
+        return time.monotonic() > deadline
+
+    if not server.drain(is_over):
+        log(f"gateway.py: {len(server.connections)} connections were cut off; SHUTDOWN_TIMEOUT")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
