@@ -202,6 +202,12 @@ class Malformed(APIError):
         super().__init__(status, code, message, close=True)
 
 
+def too_large(limit):
+    """Return the error for a body of over `limit` bytes."""
+    return APIError(413, "request_too_large", f"a body may have {limit} bytes; send less, or raise"
+                    " MAX_BODY_BYTES", close=True)
+
+
 class Unreachable(APIError):
     """No connection to the backend was made: it has not seen the request."""
 
@@ -265,7 +271,6 @@ STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (%b))?" % VALUE)
 NEVER_IN_A_HEAD = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n|\Z)|(?<!\r)\n")
 HOST = re.compile(rb"(?:[\w.~%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 ABSOLUTE = re.compile(rb"https?://([^/?#]*)(.*)", re.I)
-LENGTH = re.compile(rb"[0-9]{1,15}")
 # The size line of a chunk, with the CR LF that ends the chunk before it; the trailers; and what is
 # a beginning of the one or of the other.
 CHUNK = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})(?:[ \t]*;%b)?\r\n" % VALUE)
@@ -345,8 +350,8 @@ def parse_target(method, target, index, minor):
 
     Dot segments are refused: the backend could resolve them to a path that is not below /v1.
     """
-    authority = index.get(b"host", b"" if minor else b"-")
-    if not HOST.fullmatch(authority):
+    authority = index.get(b"host", b"")
+    if not HOST.fullmatch(authority) and (minor or b"host" in index):
         raise Malformed("a request needs exactly one valid Host field")
     if target[:1] != b"/":
         absolute = ABSOLUTE.fullmatch(target)
@@ -365,7 +370,7 @@ def parse_target(method, target, index, minor):
 def content_length(index):
     """Return the Content-Length (6.2), None if there is none; raises Malformed if in doubt."""
     value = index.get(b"content-length")
-    if value is not None and not LENGTH.fullmatch(value):
+    if value is not None and not (value.isdigit() and len(value) < 16):
         raise Malformed("Content-Length must be there once, as digits")
     return None if value is None else int(value)
 
@@ -1069,10 +1074,8 @@ class Handler(BaseHTTPRequestHandler):
         The deadline moves with what has come: a slow line is served, a stalled one is not.
         """
         limit, began, body = self.settings.max_body_bytes, time.monotonic(), Body(self.length)
-        too_large = APIError(413, "request_too_large", f"a body may have {limit} bytes; send less,"
-                             " or raise MAX_BODY_BYTES", close=True)
         if self.length > limit:
-            raise too_large
+            raise too_large(limit)
         if self.expects and not self.buffer:
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         pieces, received, data = [], 0, self.buffer
@@ -1080,7 +1083,7 @@ class Handler(BaseHTTPRequestHandler):
             pieces.append(body.feed(data))
             received += len(pieces[-1])
             if received > limit:
-                raise too_large
+                raise too_large(limit)
             if body.done:
                 self.buffer, self.length = body.rest, 0
                 return b"".join(pieces)
@@ -1168,8 +1171,9 @@ class Handler(BaseHTTPRequestHandler):
         lines = [backend.host_line, *self.lines,
                  b"X-Request-ID: " + record.request_id.encode(),
                  b"X-Forwarded-For: " + before + record.client.encode(),
-                 b"X-Forwarded-Proto: " + index.get(b"x-forwarded-proto", b"http"),
-                 b"X-Forwarded-Host: " + index.get(b"x-forwarded-host", self.authority)]
+                 b"X-Forwarded-Proto: " + index.get(b"x-forwarded-proto", b"http")]
+        if host := index.get(b"x-forwarded-host", self.authority):  # HTTP/1.0 may have none
+            lines.append(b"X-Forwarded-Host: " + host)
         if body or record.method in ("POST", "PUT", "PATCH"):
             lines.append(b"Content-Length: %d" % len(body))
         lines.append(b"")
