@@ -25,6 +25,7 @@ What it will not do: change a body, translate between APIs, store anything, or s
 
 import argparse
 import errno
+import gc
 import http.client
 import ipaddress
 import json
@@ -89,17 +90,12 @@ def backend_url(text):
 
     The error does not repeat the text: it may hold a password.
     """
-    try:
-        parts = urllib.parse.urlsplit(text)
-        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        usable = False
-    if text and not (usable and re.fullmatch("[!-~]+", text)):
-        raise argparse.ArgumentTypeError("no address like http://127.0.0.1:8000 or https://host/v1")
-    if "@" in parts.netloc or parts.query or parts.fragment:
-        raise argparse.ArgumentTypeError("an address here has no user, password, query or fragment")
-    path = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
-    return text and f"{parts.scheme}://{parts.netloc}{path}"
+    match = re.fullmatch(r"(https?://(?:[\w.-]*\w\.?|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?)"
+                         r"(/[!-\"$->A-~]*)?", text, re.ASCII | re.IGNORECASE)
+    if text and not (match and 0 < int(match[2] or 80) < 65_536):
+        raise argparse.ArgumentTypeError("no address like http://127.0.0.1:8000 or https://host/v1"
+                                         " (without user, password, query or fragment)")
+    return match[1] + (match[3] or "").rstrip("/").removesuffix("/v1").rstrip("/") if text else ""
 
 
 class Knob(NamedTuple):
@@ -278,6 +274,7 @@ TRAILERS = re.compile(rb"(?:%b:%b\r\n)*+\r\n" % (TOKEN, VALUE))
 CHUNK_BEGUN = (re.compile(rb"(?:\r(?:\n(?:[0-9A-Fa-f]{1,15}(?:[ \t]*(?:;%b)?)?\r?)?)?)?" % VALUE),
                re.compile(rb"(?:%b:%b\r\n)*+(?:%b(?::%b)?)?\r?" % (TOKEN, VALUE, TOKEN, VALUE)))
 LAST_EVENT = re.compile(rb"(?:^|[\r\n])data: ?\[DONE\]")
+EMPTY_LINES = re.compile(rb"(?:\r\n)*+")
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 REQUEST_ID_LINE = re.compile(rb"(?im)^(x-request-id|request-id):[ \t]*([!-~]{1,128})[ \t]*\r?$")
 
@@ -511,7 +508,8 @@ class Record:
 
     def __init__(self, client):
         self._began, self.client, self.status, self.bytes = time.monotonic(), client, 0, 0
-        self.request_id = self.method = self.path = self.model = self.backend = "-"
+        self.request_id, self.method = "", "-"  # no id is known yet; "-" would be a valid one
+        self.path = self.model = self.backend = "-"
         self.stream, self.first_byte_ms, self.outcome = False, None, "ok"
 
     def elapsed(self):
@@ -566,10 +564,13 @@ def set_timeouts(sock, receive, send):
 
 
 def proxy_for(scheme, host):
-    """Return the environment's proxy for this host as a SplitResult, or None; none for loopback."""
-    name = urllib.parse.urlsplit(f"//{host}").hostname or ""
+    """Return the environment's proxy for this host as a SplitResult, or None; none for loopback.
+
+    Raises ValueError if the variable holds no address.
+    """
+    name = (urllib.parse.urlsplit(f"//{host}").hostname or "").rstrip(".")
     try:
-        local = ipaddress.ip_address(name).is_loopback
+        local = (ip := ipaddress.ip_address(name)).is_loopback or ip.is_unspecified
     except ValueError:
         local = name == "localhost" or name.endswith(".localhost")
     address = urllib.request.getproxies().get(scheme)
@@ -675,7 +676,7 @@ class Response:
             if body.done:
                 return
             data = link.receive()
-            if data == b"" and self.length == UNTIL_CLOSE:
+            if data == b"" and self.length == UNTIL_CLOSE and not self._request.cancelled:
                 return
             if not data:
                 raise Broken("closed the connection in the middle of its response")
@@ -933,6 +934,7 @@ def event(data):
 
 MIN_BODY_RATE = 1_000      # bytes a second that a body has to make on average: a modem's pace
 SKIP_BYTES = 65_536        # a body up to this is read after a refusal, to keep the connection
+PEEK_BYTES = 1 << 20       # JSON that need not be parsed is, up to this, for the log's model
 MAX_EVENT_BYTES = 262_144  # the beginning of an event is held back up to this
 LINGER_SECONDS = 5         # for a refused client to stop sending; nginx gives as many
 
@@ -957,19 +959,19 @@ class Handler(BaseHTTPRequestHandler):
     def setup(self):
         self.settings, self.connection = self.server.settings, self.request
         self.buffer, self.patience, self.record, self.forwarding = b"", 0, None, None
-        self.idle = self.lingering = False
+        self.idle, self.length = False, 0
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.server.connections[self.connection] = self
 
     def finish(self):
-        """Let a refused client read its reply.
+        """Let a client that still owes a body read its reply.
 
         Closing with input unread sends RST, which destroys what it has not read (9.6). So say that
         no more comes, and discard for a while what it sends.
         """
         deadline = time.monotonic() + LINGER_SECONDS
         try:
-            if self.lingering:
+            if self.length:
                 self.connection.shutdown(socket.SHUT_WR)
                 while self.receive(deadline):
                     pass
@@ -978,10 +980,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_one_request(self):
         """Serve one request. Whatever happens, it ends in one reply and one line of the log."""
-        self.close_connection, self.length, self.minor = True, UNTIL_CLOSE, 1
+        self.close_connection, self.length, self.minor = True, 0, 1
         self.begun = self.expects = self.at_boundary = self.ends_by_closing = False
         if not self.receive_first():
             return
+        self.length = UNTIL_CLOSE
         record = self.record = Record(self.client_address[0])
         try:
             self.read_head()
@@ -1006,8 +1009,7 @@ class Handler(BaseHTTPRequestHandler):
         deadline = time.monotonic() + self.settings.client_timeout
         try:
             while True:
-                while self.buffer.startswith(b"\r\n"):
-                    self.buffer = self.buffer[2:]
+                self.buffer = self.buffer[EMPTY_LINES.match(self.buffer).end():]
                 if self.buffer not in (b"", b"\r"):
                     return True
                 self.idle = True
@@ -1027,10 +1029,10 @@ class Handler(BaseHTTPRequestHandler):
         calls again for more is held to the deadline itself.
         """
         left = deadline - time.monotonic()
-        if not 0.9 * self.patience < left < 1.1 * self.patience and left > 0:
-            self.patience = left
-            set_timeouts(self.connection, left, self.settings.client_timeout)
         try:
+            if not 0.9 * self.patience < left < 1.1 * self.patience and left > 0:
+                self.patience = left
+                set_timeouts(self.connection, left, self.settings.client_timeout)
             if left > 0:
                 return self.connection.recv(RECEIVE_BYTES)
         except (TimeoutError, BlockingIOError):
@@ -1076,7 +1078,7 @@ class Handler(BaseHTTPRequestHandler):
         limit, began, body = self.settings.max_body_bytes, time.monotonic(), Body(self.length)
         if self.length > limit:
             raise too_large(limit)
-        if self.expects and not self.buffer:
+        if self.expects and self.length and not self.buffer:
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         pieces, received, data = [], 0, self.buffer
         while True:
@@ -1085,7 +1087,7 @@ class Handler(BaseHTTPRequestHandler):
             if received > limit:
                 raise too_large(limit)
             if body.done:
-                self.buffer, self.length = body.rest, 0
+                self.buffer, self.length, self.expects = body.rest, 0, False
                 return b"".join(pieces)
             data = self.receive(began + self.settings.client_timeout + received / MIN_BODY_RATE)
             if not data:
@@ -1156,7 +1158,8 @@ class Handler(BaseHTTPRequestHandler):
         """Note model and stream of posted JSON; raises 400 if it must be an object and is not."""
         must = self.record.path in PARSED
         try:
-            if must or self.index.get(b"content-type", b"").startswith(b"application/json"):
+            if must or len(body) <= PEEK_BYTES and self.index.get(
+                    b"content-type", b"").startswith(b"application/json"):
                 asked = parse_json(body)
                 self.record.stream, model = asked.get("stream") is True, asked.get("model")
                 self.record.model = printable(model) if isinstance(model, str) else "-"
@@ -1167,7 +1170,7 @@ class Handler(BaseHTTPRequestHandler):
     def fields_for(self, backend, body):
         """Return the request's header lines for a backend: the client's and our own."""
         index, record = self.index, self.record
-        before = index[b"x-forwarded-for"] + b", " if b"x-forwarded-for" in index else b""
+        before = index[b"x-forwarded-for"] + b", " if index.get(b"x-forwarded-for") else b""
         lines = [backend.host_line, *self.lines,
                  b"X-Request-ID: " + record.request_id.encode(),
                  b"X-Forwarded-For: " + before + record.client.encode(),
@@ -1206,9 +1209,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.write(response.rest)
         self.begin(response.status, response.reason, lines, UNTIL_CLOSE if events else length)
         self.write(b"")
-        self.at_boundary, tail, ended = events, b"", length != UNTIL_CLOSE
+        self.at_boundary, tail, proven_whole = events, b"", length != UNTIL_CLOSE
         for piece in response.pieces():
-            ended = ended or LAST_EVENT.search(tail + piece)
+            proven_whole = proven_whole or events and LAST_EVENT.search(tail + piece)
             if events:
                 piece = tail + piece
                 end = events_end(piece)
@@ -1216,7 +1219,8 @@ class Handler(BaseHTTPRequestHandler):
                 end = end if self.at_boundary else len(piece)  # too long to be held back
                 piece, tail = piece[:end], piece[end:]
             self.write_piece(piece)
-        if events and not ended and (tail or record.path in PARSED and response.status == 200):
+        if events and not proven_whole and (
+                tail or record.path in PARSED and response.status == 200):
             raise Broken("closed the connection before the end of its event stream")
         self.write_piece(tail)
         self.write_end()
@@ -1250,8 +1254,9 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection, framing = True, framing + b"Connection: close\r\n"
         elif not self.minor:
             framing += b"Connection: keep-alive\r\n"
-        self.pending = b"HTTP/1.1 %d %b\r\n%b\r\n%bX-Request-ID: %b\r\n\r\n" % (
-            status, reason, b"\r\n".join(lines), framing, self.record.request_id.encode())
+        self.pending = b"\r\n".join((
+            b"HTTP/1.1 %d %b" % (status, reason), *lines, framing + b"X-Request-ID: "
+            + self.record.request_id.encode(), b"", b""))
 
     def write_piece(self, piece):
         """Write a piece of a body of unknown length; an empty one would end it."""
@@ -1283,7 +1288,7 @@ class Handler(BaseHTTPRequestHandler):
     def fail(self, error):
         """Answer with an error: as JSON, in a begun event stream as an event, else by a cut."""
         record, record.outcome = self.record, error.code
-        if record.request_id == "-":  # the head was not understood; an id in it counts all the same
+        if not record.request_id:  # the head was not understood; an id in it counts all the same
             lines = REQUEST_ID_LINE.findall(self.buffer.partition(b"\r\n\r\n")[0])
             record.request_id = accepted_request_id({n.lower(): value for n, value in lines[::-1]})
         try:
@@ -1291,13 +1296,11 @@ class Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
                 if self.at_boundary:
                     self.write_piece(event(error.body()))
-                elif self.ends_by_closing:  # FIN would say that the body is whole: send RST
-                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
-                                               struct.pack("ii", 1, 0))
-                    self.connection.close()
+                else:
+                    self.cut()
                 return
             if error.close or self.expects or not 0 <= self.length <= SKIP_BYTES:
-                self.close_connection = self.lingering = True
+                self.close_connection = True
             self.reply(error.status, error.body(), error.headers)
             if not self.close_connection:
                 self.read_body()
@@ -1305,8 +1308,17 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def give_up(self):
-        """Nobody is left to answer."""
-        self.close_connection, self.record.status, self.record.outcome = True, 499, "client_closed"
+        """Stop: the client has gone, or has at least closed its half of the connection."""
+        self.close_connection, self.length = True, 0
+        self.record.status, self.record.outcome = 499, "client_closed"
+        self.cut()
+
+    def cut(self):
+        """End an unfinished body. Where closing ends it, FIN would call it whole: send RST."""
+        if self.begun and self.ends_by_closing:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                       struct.pack("ii", 1, 0))
+            self.connection.close()
 
 
 # ==================================================================================================
@@ -1385,8 +1397,11 @@ class Server(ThreadingHTTPServer):
         log(f"internal error, client={client_address[0]}\n{traceback.format_exc()}")
 
     def service_actions(self):
-        if time.monotonic() >= self.next_sweep:
-            self.sweep()
+        try:
+            if time.monotonic() >= self.next_sweep:
+                self.sweep()
+        except Exception:  # it would end serve_forever: a process that lives and accepts nothing
+            log(f"internal error\n{traceback.format_exc()}")
 
     def sweep(self):
         """Cancel what is forwarded for clients that have gone; close what is due to be closed."""
@@ -1402,12 +1417,11 @@ class Server(ThreadingHTTPServer):
         while self.parting and (self.parting[0][0] < time.monotonic() or len(self.parting) > 1000):
             self.parting.pop(0)[1].close()
 
-    def drain(self, is_over):
+    def drain(self, patience):
         """Stop listening and wait until the requests in flight have ended; tell whether they did.
 
         Connections made before are still answered, with `Connection: close`. Idle ones are closed;
-        new ones a moment later, for their request to arrive. `is_over` waits for the next sweep,
-        and tells whether to stop waiting.
+        new ones a moment later, for their request to arrive. `patience` is in seconds.
         """
         self.draining, began = True, time.monotonic()
         self.shutdown()
@@ -1417,7 +1431,7 @@ class Server(ThreadingHTTPServer):
                 self.process_request(*self.get_request())
         except OSError:
             self.server_close()
-        while self.connections and not is_over():
+        while self.connections and time.monotonic() < began + patience:
             new = time.monotonic() < began + PARTING_SECONDS
             for connection, handler in list(self.connections.items()):
                 if handler and handler.idle and not (new and handler.record is None):
@@ -1426,6 +1440,7 @@ class Server(ThreadingHTTPServer):
                     except OSError:
                         pass
             self.sweep()
+            time.sleep(SWEEP_SECONDS / 10)
         return not self.connections
 
 
@@ -1477,19 +1492,23 @@ def start_up_line(server):
         here = address.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
         return f"{line} in echo mode; try: {EXAMPLE.replace('http://127.0.0.1:8080', here)}"
     backend = server.backends.backend
-    proxy = proxy_for(backend.scheme, backend.host)
-    by = f" by the proxy {proxy.netloc.rpartition('@')[2]}" if proxy else ""
+    try:
+        proxy = proxy_for(backend.scheme, backend.host)
+        by = f" by the proxy {proxy.netloc.rpartition('@')[2]}" if proxy else ""
+    except ValueError:
+        by = f" by a proxy whose address in {backend.scheme.upper()}_PROXY is wrong"
     return f"{line}, forwarding to {backend.url}{by}"
 
 
 def main():
     """Run the gateway until SIGTERM or SIGINT; return the exit status."""
     settings, stop = read_settings(sys.argv[1:], os.environ), {signal.SIGTERM, signal.SIGINT}
-    can_wait = hasattr(signal, "sigwait")  # not on Windows, where Ctrl-C raises KeyboardInterrupt
-    if can_wait:
+    if can_wait := hasattr(signal, "sigwait"):  # not on Windows: there Ctrl-C raises
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_BLOCK, stop)
     prepare_descriptors()
     threading.stack_size(STACK_BYTES)
+    gc.set_threshold(100_000, 50, 100)  # JSON has no cycles: looking for them doubles its cost
     try:
         server = Server(settings)
     except (OSError, ValueError) as error:
@@ -1502,15 +1521,9 @@ def main():
         signal.sigwait(stop) if can_wait else threading.Event().wait()
     except KeyboardInterrupt:
         pass
-    deadline = time.monotonic() + settings.shutdown_timeout
-
-    def is_over():
-        time.sleep(SWEEP_SECONDS)
-        if can_wait and (again := signal.sigpending() & stop):
-            os._exit(128 + min(again))  # a second signal ends at once
-        return time.monotonic() > deadline
-
-    if not server.drain(is_over):
+    if can_wait:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stop)  # a second one ends at once
+    if not server.drain(settings.shutdown_timeout):
         log(f"gateway.py: {len(server.connections)} connections were cut off; SHUTDOWN_TIMEOUT")
     return 0
 

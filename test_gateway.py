@@ -2,8 +2,8 @@
 
 Most tests run the server in this process on a free port (`serve`), so that leaked threads, sockets
 and exceptions are seen; those about the command line, signals and limits start it as a user would
-(`Process`). Malformed input is written as bytes. No test sleeps for a fixed time: `eventually` waits
-for a condition, a backend that plays a script waits for the test.
+(`Process`). Malformed input is written as bytes. No test sleeps for a fixed time: `eventually`
+waits for a condition, a backend that plays a script waits for the test.
 """
 
 import base64
@@ -31,6 +31,7 @@ import pytest
 import gateway
 
 HERE = Path(__file__).parent
+gateway.log = lambda line: None  # of this process; fixtures and Process see what is logged
 SECONDS = 20  # how long anything may take before a test fails: generous, for slow and busy machines
 CHAT = b'{"model": "m", "messages": [{"role": "user", "content": "Hello, world!"}]}'
 STREAM = CHAT[:-1] + b', "stream": true}'
@@ -324,15 +325,10 @@ def serve(**knobs):
     server.port = server.server_port
     thread = threading.Thread(target=server.serve_forever, args=(gateway.SWEEP_SECONDS,))
     thread.start()
-    deadline = time.monotonic() + SECONDS
     try:
         yield server
     finally:
-        deadline = time.monotonic() + SECONDS
-        def is_over():
-            time.sleep(0.01)
-            return time.monotonic() > deadline
-        drained = server.drain(is_over)
+        drained = server.drain(SECONDS)
         thread.join(SECONDS)
         if server.backends:
             for links in server.backends.pool._idle.values():
@@ -2278,3 +2274,109 @@ def test_the_mock_s_help_documents_its_ways_and_a_signal_ends_it():
         assert ask(process.port, "GET", "/healthz").status == 200
         os.kill(process.pid, signal.SIGTERM)
         assert process.wait() == 0
+
+
+# -- what an auditor found -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", ("1.0", "1.1"))
+@pytest.mark.parametrize("path", ("/v1/files/x", "/v1/responses"))
+def test_a_client_that_half_closes_never_takes_a_cut_answer_for_a_whole_one(path, version):
+    """It counts as gone, and the backend is cancelled; but it reads on."""
+    kind = b"text/event-stream" if path == "/v1/responses" else b"text/plain"
+
+    def script(played, number):
+        played.request()
+        played.send(b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\n\r\ndata: 1\n\n" % kind)
+        played.wait_for_end()
+    with forward(script) as (port, backend), Client(port) as client:
+        client.send(request("POST", path, b"{}", version=version))
+        wait_for(client, b"data: 1\n\n")
+        client.socket.shutdown(socket.SHUT_WR)
+        if version == "1.0":
+            with pytest.raises(ConnectionResetError):
+                while client.socket.recv(65536):
+                    pass
+        else:
+            assert client.reply().cut
+
+
+def test_an_id_in_a_body_is_not_the_request_s(echo):
+    body = b"x-request-id: injected\r\n\r\n"
+    for identity in ("-", "mine"):
+        reply = ask(echo, "POST", "/nothing", body, f"X-Request-ID: {identity}")
+        assert reply.one("x-request-id") == identity
+
+
+def test_a_flood_of_empty_lines_is_skipped_at_once(echo):
+    with Client(echo) as client:
+        client.send(b"\r\n" * 500_000 + HEALTH)
+        assert client.reply().json() == OK
+
+
+def test_a_refused_client_that_asked_to_close_can_still_send_and_read(echo):
+    with Client(echo) as client:
+        client.send(b"POST /nothing HTTP/1.1\r\nHost: t\r\nConnection: close\r\n"
+                    b"Content-Length: 100000\r\n\r\n")
+        client.until(b"HTTP/1.1 404")
+        for _ in range(10):
+            client.send(b"x" * 10_000)  # would raise once an RST had come
+
+
+def test_a_refusal_after_the_body_was_read_keeps_the_connection_of_an_expecting_client(echo):
+    with Client(echo) as client:
+        client.send(POST + b"Expect: 100-continue\r\nContent-Length: 1\r\n\r\n")
+        assert client.head().status == 100
+        assert client.send(b"{").reply().error()["code"] == "invalid_json"
+        assert client.send(HEALTH).reply().json() == OK
+
+
+def test_a_response_whose_fields_are_all_hop_by_hop_is_still_framed():
+    head = b"HTTP/1.1 200 OK\r\nConnection: date\r\nDate: x\r\nContent-Length: 2\r\n\r\nhi"
+    with forward(answers(head)) as (port, backend):
+        reply = ask(port, "GET", "/v1/models")
+        assert reply.body == b"hi" and reply.one("x-request-id")
+
+
+def test_a_failing_sweep_does_not_end_the_server(monkeypatch, capfd):
+    failed = threading.Event()
+
+    def fail(*_):
+        failed.set()
+        raise MemoryError
+    with serve() as server:
+        monkeypatch.setattr(gateway, "hung_up", fail)
+        assert failed.wait(SECONDS)
+        assert ask(server.port, "GET", "/healthz").json() == OK
+        monkeypatch.undo()
+
+
+def test_loopback_by_another_name_uses_no_proxy_and_a_wrong_proxy_is_no_traceback():
+    for host in ("localhost.", "0.0.0.0", "[::1]", "127.1.2.3"):
+        with Process("--port=0", f"--backend-url=http://{host}:9",
+                     http_proxy="http://proxy.test:3128") as process:
+            assert process.port and "proxy" not in process.log
+    wrong = "http://[::1"
+    with Process("--port=0", "--backend-url=http://backend.test", http_proxy=wrong) as process:
+        assert "HTTP_PROXY is wrong" in eventually(lambda: process.log)
+        error = ask(process.port, "GET", "/v1/models").error()
+        assert error["code"] == "backend_unreachable"
+    assert "Traceback" not in process.log
+
+
+def test_a_client_of_http_1_0_without_a_host_has_no_forwarded_host():
+    with forward(answers(response())) as (port, backend), Client(port) as client:
+        client.send(b"GET /v1/models HTTP/1.0\r\nX-Forwarded-For:\r\n\r\n").reply()
+        assert not seen(backend).all("x-forwarded-host")
+        assert seen(backend).one("x-forwarded-for") == "127.0.0.1"
+
+
+@pytest.mark.parametrize("address", (
+    "http://[::1]x:9", "http://.", "http://host:", "http://host:0", "http://host:65536", "http:///",
+    "http://a b", "http://a/v1?x=1", "http://a/#x", "http://user@a", "//a", "a:80", "http:/a"))
+def test_an_address_that_can_never_work_is_refused(address, capsys):
+    with pytest.raises(SystemExit) as exit:
+        gateway.read_settings([f"--backend-url={address}"], {})
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert "--backend-url" in error and error.count("\n") == 1 and address not in error
