@@ -53,6 +53,9 @@ from typing import NamedTuple
 
 __version__ = "0.1.0"
 
+if sys.version_info < (3, 13):
+    sys.exit(f"gateway.py needs Python 3.13 or later; this is {sys.version.split()[0]}")
+
 # ==================================================================================================
 # 1. Settings
 #
@@ -149,7 +152,11 @@ def read_settings(argv, environ):
         parser.add_argument(
             flag, default=environ.get(variable) or default, type=parse, metavar=variable,
             help=f"{text} (environment: {variable}; default: {default or 'none'})")
-    return parser.parse_args(argv)
+    settings, unknown = parser.parse_known_args(argv)
+    if unknown:  # what is behind '=', or stands alone, may be a secret
+        name = unknown[0].partition("=")[0] if unknown[0].startswith("--") else "that is no flag"
+        parser.error(f"unknown argument: {name[:40]!a}")
+    return settings
 
 
 def settings_table():
@@ -1146,13 +1153,12 @@ class Handler(BaseHTTPRequestHandler):
         try:
             self.relay(backends.open(request))
         except APIError:
-            if not request.cancelled:
-                raise
+            if request.cancelled:
+                raise ClientGone from None
+            raise
         finally:
             self.forwarding = None
             backends.pool.drop(request)  # unless it is back already: this stops the backend's work
-        if request.cancelled:
-            raise ClientGone
 
     def look_into(self, body):
         """Note model and stream of posted JSON; raises 400 if it must be an object and is not."""

@@ -178,7 +178,7 @@ find_pytest() { # a Python that has pytest goes to $tester; if need be, .venv is
     has "$tester" pytest && return
     tester=$PWD/.venv/bin/python
     has "$tester" pytest && return
-    has "$tester" pip || run "$python" -m venv --clear .venv || return
+    has "$tester" pip || run "$python" -m venv --clear .venv || { rm -rf .venv; return 1; }
     # In the user's own environment: it names proxies, certificates and package indexes.
     run "$tester" -m pip install --quiet --retries 1 --timeout 15 pytest
 }
@@ -186,7 +186,7 @@ find_pytest() { # a Python that has pytest goes to $tester; if need be, .venv is
 if [ ! -f test_gateway.py ]; then
     problem='there is no test_gateway.py'
 elif ! find_pytest >"$work/said" 2>&1; then
-    problem="pytest is missing and cannot be installed: $(grep . "$work/said" | tail -n 1)"
+    problem="pytest is missing and cannot be installed: $(grep -m1 ensurepip "$work/said" || grep . "$work/said" | tail -n 1)"
 else
     [ -w . ] && options='' || options='-p no:cacheprovider'
     run "${clean[@]}" "$tester" -B -m pytest $options "$@" || failed=1
