@@ -45,6 +45,7 @@ import urllib.request
 import uuid
 from _thread import start_new_thread
 from base64 import b64encode
+from contextlib import suppress
 from email.utils import formatdate
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -56,13 +57,10 @@ __version__ = "0.1.0"
 if sys.version_info < (3, 13):
     sys.exit(f"gateway.py needs Python 3.13 or later; this is {sys.version.split()[0]}")
 
-# ==================================================================================================
-# 1. Settings
-#
+# == 1. Settings ===================================================================================
 # Each knob is one line of KNOBS; its flag, its environment variable, its line of --help and its row
 # of README's table are made from that line. A flag wins over the environment, and that over the
 # default; an empty variable counts as unset. All three go through the same parser.
-# ==================================================================================================
 
 
 def whole_number(low, high):
@@ -169,14 +167,11 @@ def settings_table():
 EXAMPLE = ("curl http://127.0.0.1:8080/v1/chat/completions"
            """ -d '{"messages":[{"role":"user","content":"Hello, world!"}]}'""")
 
-# ==================================================================================================
-# 2. Errors
-#
+# == 2. Errors =====================================================================================
 # An APIError is a whole answer: status, OpenAI's type and code, and a sentence that says what to do
 # next. Whoever finds the fault raises it in one line; `body` alone makes the JSON, and Handler.fail
 # alone sends it. Inside this file only APIError and ClientGone travel: exceptions of libraries are
 # translated where they arise.
-# ==================================================================================================
 
 
 class APIError(Exception):
@@ -205,12 +200,6 @@ class Malformed(APIError):
         super().__init__(status, code, message, close=True)
 
 
-def too_large(limit):
-    """Return the error for a body of over `limit` bytes."""
-    return APIError(413, "request_too_large", f"a body may have {limit} bytes; send less, or raise"
-                    " MAX_BODY_BYTES", close=True)
-
-
 class Unreachable(APIError):
     """No connection to the backend was made: it has not seen the request."""
 
@@ -237,19 +226,24 @@ class BackendTimeout(APIError):
                          " seconds; try again later, or raise it")
 
 
+class TooLarge(APIError):
+    """A body of more than MAX_BODY_BYTES."""
+
+    def __init__(self, limit):
+        super().__init__(413, "request_too_large", f"a body may have {limit} bytes; send less, or"
+                         " raise MAX_BODY_BYTES", close=True)
+
+
 class ClientGone(Exception):
     """The client closed its connection, or takes nothing more: nobody is left to answer."""
 
 
-# ==================================================================================================
-# 3. HTTP rules
-#
+# == 3. HTTP rules =================================================================================
 # Pure functions of bytes; sections are of RFC 9112 where none other is named. A head is taken only
 # if each line of it matches the grammar, so what the next server could read differently is refused:
 # bare CR or LF, NUL, folded lines, a space before a colon, a length that is signed, a list, or
 # beside a transfer coding. Repeated fields are joined with a comma (RFC 9110, 5.3), which spoils
 # those that must be there once. What is passed on keeps its lines byte for byte.
-# ==================================================================================================
 
 MAX_HEAD_BYTES = 65_536  # nginx takes 32 KiB, Node 16; keys, cookies and tracing need some
 MAX_LINE_BYTES = 16_384  # method and target; 8,000 is what RFC 9112 3 asks for at least
@@ -483,21 +477,16 @@ def parse_json(body):
     return value
 
 
-# ==================================================================================================
-# 4. Observability
-#
+# == 4. Observability ==============================================================================
 # Each request has one Record, filled in where things become known and turned into one line of the
 # log when the request has ended. Prompts, keys and query strings never come into it. What a client
 # chose (method, path, id, model) is ASCII without white space, or quoted: it cannot break a line.
-# ==================================================================================================
 
 
 def log(line):
     """Write a line to stderr with one write, so that those of threads and processes stay whole."""
-    try:
+    with suppress(OSError):  # a closed stderr is no reason to fail a request
         os.write(2, line.encode("ascii", "backslashreplace") + b"\n")
-    except OSError:
-        pass  # a closed stderr is no reason to fail a request
 
 
 def printable(text):
@@ -538,16 +527,13 @@ class Record:
                 f" id={self.request_id} {self.outcome}")
 
 
-# ==================================================================================================
-# 5. Backends
-#
+# == 5. Backends ===================================================================================
 # Requests go out through urllib.request: a bare opener whose one handler, Pool, keeps connections
 # ("links") alive. So no redirect is followed, no field invented, no proxy used unasked. A link goes
 # back to the pool only at a message boundary: body read to its declared end, nothing behind it,
 # neither side said close; and it is used again only if nothing has come since. A request goes out
 # twice only if its link was a reused one that ended before the first byte of an answer, and if
 # repeating it changes nothing: the backend closed the link while it was idle.
-# ==================================================================================================
 
 IDLE_SECONDS = 4        # uvicorn, and so vLLM, closes an idle connection after 5
 RECEIVE_BYTES = 65_536  # one read; larger ones cost more to allocate than they save in calls
@@ -623,11 +609,8 @@ class Link:
         so what became of it is for receive() to find out.
         """
         try:
-            if len(body) < RECEIVE_BYTES:
-                self.sock.sendall(head + body)
-            else:
-                self.sock.sendall(head)
-                self.sock.sendall(body)
+            for part in (head + body,) if len(body) < RECEIVE_BYTES else (head, body):
+                self.sock.sendall(part)
         except (TimeoutError, BlockingIOError):
             raise BackendTimeout from None
         except OSError:
@@ -704,14 +687,14 @@ class Pool(urllib.request.BaseHandler):
 
         Raises Unreachable, Broken, NoAnswer or BackendTimeout.
         """
-        reused = self._take(request)
-        try:
-            return self._exchange(request)
-        except NoAnswer:
-            if not reused or not request.repeatable or request.cancelled:
-                raise
-        self.drop(request)
-        self._dial(request)
+        if self._take(request):
+            try:
+                return self._exchange(request)
+            except NoAnswer:
+                if not request.repeatable or request.cancelled:
+                    raise
+            self.drop(request)
+            self._dial(request)
         return self._exchange(request)
 
     https_open = http_open
@@ -812,10 +795,8 @@ class Pool(urllib.request.BaseHandler):
         with self._lock:
             request.cancelled = True
             if request.link:
-                try:
+                with suppress(OSError):
                     socket.socket.shutdown(request.link.sock, socket.SHUT_RDWR)  # below any TLS
-                except OSError:
-                    pass
 
     def expire(self):
         """Close the links that have been idle for too long."""
@@ -851,13 +832,10 @@ class Backends:
         return self._opener.open(request)
 
 
-# ==================================================================================================
-# 6. Echo
-#
+# == 6. Echo =======================================================================================
 # The answer without a backend: "Echo: " and the last user message, as one completion or as events.
 # Tokens are words between white space. Only here are messages looked into: what is forwarded is for
 # the backend to judge.
-# ==================================================================================================
 
 
 def wrong_type(param, what):
@@ -930,14 +908,11 @@ def event(data):
     return b"data: %b\n\n" % data
 
 
-# ==================================================================================================
-# 7. Handler
-#
+# == 7. Handler ====================================================================================
 # One object and one thread for each connection, one handle_one_request for each request. `length`
 # is that of the body which the client still owes, without end until its head has been understood: a
 # connection is kept only if that body was read. `begun` tells that a part of the reply has been
 # sent; from then on an error can only be an event in a stream, or a cut.
-# ==================================================================================================
 
 MIN_BODY_RATE = 1_000      # bytes a second that a body has to make on average: a modem's pace
 SKIP_BYTES = 65_536        # a body up to this is read after a refusal, to keep the connection
@@ -977,13 +952,11 @@ class Handler(BaseHTTPRequestHandler):
         no more comes, and discard for a while what it sends.
         """
         deadline = time.monotonic() + LINGER_SECONDS
-        try:
+        with suppress(APIError, OSError):
             if self.length:
                 self.connection.shutdown(socket.SHUT_WR)
                 while self.receive(deadline):
                     pass
-        except (APIError, OSError):
-            pass
 
     def handle_one_request(self):
         """Serve one request. Whatever happens, it ends in one reply and one line of the log."""
@@ -1084,7 +1057,7 @@ class Handler(BaseHTTPRequestHandler):
         """
         limit, began, body = self.settings.max_body_bytes, time.monotonic(), Body(self.length)
         if self.length > limit:
-            raise too_large(limit)
+            raise TooLarge(limit)
         if self.expects and self.length and not self.buffer:
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         pieces, received, data = [], 0, self.buffer
@@ -1092,7 +1065,7 @@ class Handler(BaseHTTPRequestHandler):
             pieces.append(body.feed(data))
             received += len(pieces[-1])
             if received > limit:
-                raise too_large(limit)
+                raise TooLarge(limit)
             if body.done:
                 self.buffer, self.length, self.expects = body.rest, 0, False
                 return b"".join(pieces)
@@ -1327,13 +1300,10 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.close()
 
 
-# ==================================================================================================
-# 8. Server
-#
+# == 8. Server =====================================================================================
 # Binds, gives each connection a thread, and refuses those past the limit. Ten times a second it
 # looks for clients that left while a backend works for them. To stop, it takes no more connections
 # and waits for the requests in flight.
-# ==================================================================================================
 
 SWEEP_SECONDS = 0.1   # a vanished client's backend is stopped within about this
 PARTING_SECONDS = 1   # a refused connection stays open so long, for its 503 to arrive
@@ -1383,15 +1353,13 @@ class Server(ThreadingHTTPServer):
                 self.connections.pop(request)
         body = APIError(503, "too_many_connections", "the gateway has no room for one more"
                         " connection; try again, or raise MAX_CONNECTIONS").body()
-        try:
+        with suppress(OSError):
             request.setblocking(False)
             request.send(b"HTTP/1.1 503 Service Unavailable\r\n%b\r\n%bContent-Length: %d\r\n"
                          b"X-Request-ID: %b\r\nRetry-After: 1\r\nConnection: close\r\n\r\n%b" % (
                              JSON_TYPE, self.date + b"\r\n", len(body),
                              str(uuid.uuid4()).encode(), body))
             request.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass
         self.parting.append((time.monotonic() + PARTING_SECONDS, request))
 
     def shutdown_request(self, request):
@@ -1441,10 +1409,8 @@ class Server(ThreadingHTTPServer):
             new = time.monotonic() < began + PARTING_SECONDS
             for connection, handler in list(self.connections.items()):
                 if handler and handler.idle and not (new and handler.record is None):
-                    try:
+                    with suppress(OSError):
                         connection.shutdown(socket.SHUT_RD)  # what has arrived can still be read
-                    except OSError:
-                        pass
             self.sweep()
             time.sleep(SWEEP_SECONDS / 10)
         return not self.connections
@@ -1464,13 +1430,10 @@ def hung_up(descriptors):
     return [descriptor for descriptor, _ in poller.poll(0)]
 
 
-# ==================================================================================================
-# 9. main
-#
+# == 9. main =======================================================================================
 # Exit status: 0 after a drain, 1 if the address cannot be had, 2 for a bad setting. Signals have no
 # handlers: they are blocked in all threads, and the main thread waits for them. (A handler may run
 # just before the thread goes to sleep, and the signal is lost.)
-# ==================================================================================================
 
 
 def prepare_descriptors():
@@ -1481,12 +1444,10 @@ def prepare_descriptors():
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
-    try:
+    with suppress(ImportError, OSError, ValueError):
         import resource  # not on Windows
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (ImportError, OSError, ValueError):
-        pass
 
 
 def start_up_line(server):
