@@ -521,8 +521,9 @@ class Record:
         self.time = f"{Record._second[1]}.{int(now % 1 * 1000):03}Z"
         if form == "json":
             return json.dumps({name: getattr(self, name) for name in self.__slots__[:-1]})
+        first = "-" if self.first_byte_ms is None else f"{self.first_byte_ms}ms"
         return (f"{self.time} {self.status} {self.method} {self.path} {self.duration_ms}ms"
-                f" first={self.first_byte_ms}ms bytes={self.bytes} stream={self.stream}"
+                f" first={first} bytes={self.bytes} stream={'yes' if self.stream else 'no'}"
                 f" model={self.model} backend={self.backend} client={self.client}"
                 f" id={self.request_id} {self.outcome}")
 
@@ -942,8 +943,9 @@ class Handler(BaseHTTPRequestHandler):
         self.settings, self.connection = self.server.settings, self.request
         self.buffer, self.patience, self.record, self.forwarding = b"", 0, None, None
         self.idle, self.length = False, 0
-        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.server.connections[self.connection] = self
+        with suppress(OSError):  # it may be reset already
+            self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def finish(self):
         """Let a client that still owes a body read its reply.
