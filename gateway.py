@@ -25,7 +25,6 @@ What it will not do: change a body, translate between APIs, store anything, or s
 
 import argparse
 import errno
-import gc
 import http.client
 import ipaddress
 import json
@@ -1477,7 +1476,6 @@ def main():
         signal.pthread_sigmask(signal.SIG_BLOCK, stop)
     prepare_descriptors()
     threading.stack_size(STACK_BYTES)
-    gc.set_threshold(100_000, 50, 100)  # JSON has no cycles: looking for them doubles its cost
     try:
         server = Server(settings)
     except (OSError, ValueError) as error:
