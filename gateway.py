@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""An OpenAI-compatible inference gateway in one file that needs nothing but Python 3.13.
+"""An OpenAI-compatible inference gateway in one file that needs nothing but Python 3.13 or later.
 
     python gateway.py                                       echoes: an endpoint to try clients on
     BACKEND_URL=http://127.0.0.1:8000 python gateway.py     forwards to vLLM, llama.cpp, Ollama ...
@@ -1412,7 +1412,7 @@ class Server(ThreadingHTTPServer):
                 if handler and handler.idle and not (new and handler.record is None):
                     with suppress(OSError):
                         connection.shutdown(socket.SHUT_RD)  # what has arrived can still be read
-            self.sweep()
+            self.service_actions()
             time.sleep(SWEEP_SECONDS / 10)
         return not self.connections
 
@@ -1484,10 +1484,8 @@ def main():
         return 1
     log(start_up_line(server))
     threading.Thread(target=server.serve_forever, args=(SWEEP_SECONDS,), daemon=True).start()
-    try:
+    with suppress(KeyboardInterrupt):
         signal.sigwait(stop) if can_wait else threading.Event().wait()
-    except KeyboardInterrupt:
-        pass
     if can_wait:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, stop)  # a second one ends at once
     if not server.drain(settings.shutdown_timeout):
