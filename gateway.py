@@ -7,18 +7,20 @@
 
 The path of a request; read the sections in order, or from here:
 
-    Server -> a thread for each connection -> Handler.handle_one_request
+    main -> workers -> Server -> a thread for each connection -> Handler.handle_one_request
         read_head -> parse_head, request_length         one strict parser, for both directions
-        dispatch
-            /healthz                                    answered here, no backend is asked
+        dispatch -> authenticate
+            /healthz /readyz /metrics                   answered here, no backend is asked
             /v1/*  read_body                            whole, up to MAX_BODY_BYTES
                    echo     -> Echo.completion, or its events
-                   forward  -> Backends.open -> urllib's opener -> Pool.http_open
-                                   take or dial a link, send, read the response's head
+                   forward  -> Admission.enter          a place, or a wait for one
+                               Backends.open            for each backend that may answer:
+                                   urllib's opener -> Pool.http_open
+                                       take or dial a link, send, read the response's head
                                relay: pieces as they come; a cut response never ends as a whole one
         except APIError   -> OpenAI's error JSON; in a begun reply an error event, or a cut
         except ClientGone -> 499 in the log; closing the link makes the backend stop
-        finally           -> one line in the log
+        finally           -> one line in the log, all metrics
 
 What it will not do: change a body, translate between APIs, store anything, or speak HTTP/2.
 """
@@ -27,7 +29,9 @@ import argparse
 import errno
 import http.client
 import ipaddress
+import itertools
 import json
+import mmap
 import os
 import re
 import select
@@ -44,8 +48,10 @@ import urllib.request
 import uuid
 from _thread import start_new_thread
 from base64 import b64encode
+from bisect import bisect_left
 from contextlib import suppress
 from email.utils import formatdate
+from hmac import compare_digest
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
@@ -59,14 +65,22 @@ if sys.version_info < (3, 13):
 # == 1. Settings ===================================================================================
 # Each knob is one line of KNOBS; its flag, its environment variable, its line of --help and its row
 # of README's table are made from that line. A flag wins over the environment, and that over the
-# default; an empty variable counts as unset. All three go through the same parser.
+# default; an empty variable counts as unset. All three go through the same parser. No error repeats
+# a text that may be a secret.
+
+KEY = re.compile(r"(?:([A-Za-z0-9_.-]{1,64})=(?==*[^=]))?([!-~]+)")  # "abc==" has no name
+
+
+def refused(message):
+    """Return the error of a parser: argparse puts the setting's name before it."""
+    return argparse.ArgumentTypeError(message)
 
 
 def whole_number(low, high):
     """Return a parser of whole numbers from `low` to `high`."""
     def parse(text):
         if not re.fullmatch("[0-9]{1,15}", text) or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {low} to {high}")
+            raise refused(f"{text!r} is no whole number from {low} to {high}")
         return int(text)
     return parse
 
@@ -74,28 +88,70 @@ def whole_number(low, high):
 def seconds(text):
     """Parse a duration above 0, and up to a day: more would overflow some sockets' timeouts."""
     if not re.fullmatch(r"[0-9]{1,5}(\.[0-9]{1,6})?", text) or not 0 < float(text) <= 86_400:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0, up to 86400")
+        raise refused(f"{text!r} is no number of seconds above 0, up to 86400")
     return float(text)
+
+
+def seconds_or_0(text):
+    """Parse a duration that may be 0."""
+    return 0.0 if re.fullmatch(r"0{1,5}(\.0{1,6})?", text) else seconds(text)
+
+
+def switch(text):
+    """Parse yes or no."""
+    if text.lower() not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
+        raise refused(f"{text!r} is neither 1 nor 0")
+    return text.lower() in ("1", "true", "yes", "on")
 
 
 def log_format(text):
     """Parse the name of a log format."""
     if text not in ("text", "json"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither text nor json")
+        raise refused(f"{text!r} is neither text nor json")
     return text
 
 
-def backend_url(text):
-    """Parse a backend's address to its base, to which a client's path, /v1/..., is appended.
+def worker_count(text):
+    """Parse a number of processes; auto is one for each processor that may be used."""
+    return os.process_cpu_count() or 1 if text == "auto" else whole_number(1, 256)(text)
 
-    The error does not repeat the text: it may hold a password.
-    """
+
+def listed(parse):
+    """Return a parser of what `parse` takes, separated by commas, to a tuple without repeats."""
+    return lambda text: tuple({parse(item.strip()): 0 for item in text.split(",") if text})
+
+
+def backend_url(text):
+    """Parse a backend's address to its base, to which a client's path, /v1/..., is appended."""
     match = re.fullmatch(r"(https?://(?:[\w.-]*\w\.?|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?)"
                          r"(/[!-\"$->A-~]*)?", text, re.ASCII | re.IGNORECASE)
-    if text and not (match and 0 < int(match[2] or 80) < 65_536):
-        raise argparse.ArgumentTypeError("no address like http://127.0.0.1:8000 or https://host/v1"
-                                         " (without user, password, query or fragment)")
-    return match[1] + (match[3] or "").rstrip("/").removesuffix("/v1").rstrip("/") if text else ""
+    if not (match and 0 < int(match[2] or 80) < 65_536):
+        raise refused("no address like http://127.0.0.1:8000 or https://host/v1"
+                      " (without user, password, query or fragment)")
+    return match[1] + (match[3] or "").rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+def origin(text):
+    """Parse a web page's origin, or * for any."""
+    if text != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[!-+\--.0-~]+", text):
+        raise refused(f"{text!r} is no origin like https://chat.example.com, and not *")
+    return text
+
+
+def named_keys(text):
+    """Parse keys, one a comma or a line, to (name, key) pairs; raises if there is none."""
+    items = [item.strip() for item in re.split("[,\n]", text)]
+    matches = [KEY.fullmatch(item) for item in items if item and item[0] != "#"]
+    if text and not (matches and all(matches)):
+        raise refused("keys are of visible ASCII characters: KEY or NAME=KEY, at least one")
+    return [(m[1] or f"key{i}", m[2].encode()) for i, m in enumerate(matches, 1)]
+
+
+def secret(text):
+    """Parse one key."""
+    if not re.fullmatch("[!-~]*", text.strip()):
+        raise refused("a key is of visible ASCII characters")
+    return text.strip()
 
 
 class Knob(NamedTuple):
@@ -111,20 +167,45 @@ KNOBS = (
     Knob("host", str, "127.0.0.1", "address to listen on; 0.0.0.0 or :: for all interfaces"),
     Knob("port", whole_number(0, 65_535), "8080",
          "port to listen on; 0 takes a free one, which the start-up line names"),
-    Knob("backend_url", backend_url, "",
-         "server to forward to, with or without /v1; without one the gateway echoes"),
+    Knob("backend_url", listed(backend_url), "",
+         "server to forward to, with or without /v1, or several, separated by commas;"
+         " without one the gateway echoes"),
+    Knob("api_keys", named_keys, "",
+         "keys that clients must present, separated by commas, each KEY or NAME=KEY;"
+         " the name stands in the log"),
+    Knob("api_keys_file", str, "", "file with such keys, one a line; read again on SIGHUP"),
+    Knob("backend_api_key", secret, "", "key sent to the backends in place of the client's"),
+    Knob("backend_api_key_file", str, "", "file with that key; read again on SIGHUP"),
+    Knob("allow_open", switch, "0",
+         "1 lends the backends' key to everyone on the network: beyond loopback, without API_KEYS"),
     Knob("max_body_bytes", whole_number(0, 1 << 40), str(64 << 20),
          "largest request body; a larger one is refused with 413"),
     Knob("max_connections", whole_number(1, 1_000_000), "2000",
-         "client connections at once, a thread each; a further one gets 503"),
+         "client connections of a worker at once, a thread each; a further one gets 503"),
+    Knob("max_concurrent_requests", whole_number(0, 1_000_000), "0",
+         "requests of a worker at the backends at once; a further one waits; 0 for no limit"),
+    Knob("queue_timeout", seconds_or_0, "0",
+         "seconds a request may wait for its turn, before it gets 429"),
     Knob("client_timeout", seconds, "60",
          "seconds for a request's head, for a body to go on, for a client to take what is sent,"
          " and for an idle connection"),
-    Knob("connect_timeout", seconds, "5", "seconds to connect to a backend"),
+    Knob("connect_timeout", seconds, "5",
+         "seconds to connect to a backend, and for it to answer a probe"),
     Knob("backend_timeout", seconds, "600",
          "seconds a backend may be silent, before its first byte and between bytes"),
+    Knob("probe_interval", seconds_or_0, "10",
+         "seconds between two looks at a backend's /v1/models; 0 for none"),
     Knob("shutdown_timeout", seconds, "30",
          "seconds that requests in flight have to finish after SIGTERM or SIGINT"),
+    Knob("drain_delay", seconds_or_0, "0",
+         "seconds before that, with /readyz at 503, for load balancers to move away"),
+    Knob("workers", worker_count, "1",
+         "processes that serve; auto is one for each processor"),
+    Knob("tls_cert_file", str, "",
+         "certificate chain in PEM, to serve https; read again on SIGHUP"),
+    Knob("tls_key_file", str, "", "private key of that certificate"),
+    Knob("cors_origins", listed(origin), "",
+         "origins of web pages that may call, separated by commas; * for any"),
     Knob("log_format", log_format, "text",
          "form of the log, a line for each request on stderr: text or json"),
 )
@@ -138,7 +219,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_settings(argv, environ):
-    """Return a namespace with an attribute for each knob; exits with 2 if a value is bad."""
+    """Return a namespace with an attribute for each knob; exits with 2 if a value is bad.
+
+    `listen_fd` is the descriptor of a socket that systemd passed on (sd_listen_fds), or None.
+    """
     usage, _, _ = __doc__.partition("\n\nThe path")
     parser = Parser(
         prog="gateway.py", description=usage, allow_abbrev=False,
@@ -153,7 +237,75 @@ def read_settings(argv, environ):
     if unknown:  # what is behind '=', or stands alone, may be a secret
         name = unknown[0].partition("=")[0] if unknown[0].startswith("--") else "that is no flag"
         parser.error(f"unknown argument: {name[:40]!a}")
+    settings.listen_fd = 3 if environ.get("LISTEN_PID") == str(os.getpid()) else None
+    if why := contradiction(settings, environ):
+        parser.error(why)
     return settings
+
+
+def contradiction(settings, environ):
+    """Return what is wrong with settings that are right one by one, or None."""
+    if settings.listen_fd and environ.get("LISTEN_FDS") != "1":
+        return "LISTEN_FDS must be 1: the gateway serves on one socket"
+    if settings.workers > 1 and not hasattr(os, "fork"):
+        return "WORKERS above 1 needs fork, which this system has not"
+    if bool(settings.tls_cert_file) != bool(settings.tls_key_file):
+        return "TLS_CERT_FILE and TLS_KEY_FILE need each other; set both"
+    if settings.backend_api_key and settings.backend_api_key_file:
+        return "BACKEND_API_KEY and BACKEND_API_KEY_FILE are both set; keep one"
+    try:
+        keys, backend_key = read_secrets(settings)
+        make_tls(settings)
+    except ValueError as error:
+        return str(error)
+    if backend_key and not keys and not settings.allow_open and (
+            settings.listen_fd or not is_loopback(settings.host)):
+        return ("everyone who reaches HOST would use your BACKEND_API_KEY; set API_KEYS, or"
+                " ALLOW_OPEN=1 if that is meant")
+    return None
+
+
+def read_secrets(settings):
+    """Return the clients' (name, key) pairs and the backends' key or ""; raises ValueError."""
+    keys, backend_key, name = settings.api_keys, settings.backend_api_key, ""
+    try:
+        if settings.api_keys_file:
+            name, path = "API_KEYS_FILE", settings.api_keys_file
+            with open(path, encoding="ascii") as file:
+                keys = keys + named_keys(file.read() or "\n")
+        if settings.backend_api_key_file:
+            name, path = "BACKEND_API_KEY_FILE", settings.backend_api_key_file
+            with open(path, encoding="ascii") as file:
+                backend_key = secret(file.read())
+            if not backend_key:
+                raise refused("the file is empty")
+    except (OSError, ValueError, argparse.ArgumentTypeError) as error:
+        why = error if isinstance(error, argparse.ArgumentTypeError) else "not ASCII text"
+        raise ValueError(f"{name}: {getattr(error, 'strerror', None) or why}") from None
+    return keys, backend_key
+
+
+def make_tls(settings):
+    """Return the SSLContext to serve with, or None for plain HTTP; raises ValueError."""
+    if not settings.tls_cert_file:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    try:
+        context.load_cert_chain(settings.tls_cert_file, settings.tls_key_file, password="")
+    except (OSError, ValueError) as error:  # SSLError is an OSError
+        raise ValueError("TLS_CERT_FILE or TLS_KEY_FILE cannot be used:"
+                         f" {getattr(error, 'strerror', None) or error}") from None
+    return context
+
+
+def is_loopback(host):
+    """Tell whether an address is reached from this machine alone; of names, only localhost is."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 def settings_table():
@@ -186,10 +338,11 @@ class APIError(Exception):
 
     def body(self):
         """Return the error as JSON bytes."""
-        ours = self.status >= 500 and self.status not in (501, 505)  # these blame the request
-        return json.dumps({"error": {
-            "message": self.message, "type": "server_error" if ours else "invalid_request_error",
-            "param": self.param, "code": self.code}}).encode()
+        kind = {429: "rate_limit_error", 501: "invalid_request_error",
+                505: "invalid_request_error"}.get(self.status) or (
+            "server_error" if self.status >= 500 else "invalid_request_error")
+        return json.dumps({"error": {"message": self.message, "type": kind, "param": self.param,
+                                     "code": self.code}}).encode()
 
 
 class Malformed(APIError):
@@ -259,6 +412,8 @@ NOT_FORWARDED = HOP_BY_HOP | {
     b"host", b"content-length", b"expect", b"x-request-id", b"x-forwarded-for",
     b"x-forwarded-proto", b"x-forwarded-host"}
 NOT_RETURNED = HOP_BY_HOP | {b"content-length", b"x-request-id", b"x-backend-request-id"}
+CORS_FIELDS = {b"access-control-allow-origin", b"access-control-allow-credentials",
+               b"access-control-expose-headers"}
 
 TOKEN, VALUE = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", rb"[^\x00-\x08\n-\x1f\x7f]*"
 FIELDS = re.compile(rb"(?:%b:%b\r\n)*+" % (TOKEN, VALUE))
@@ -276,6 +431,9 @@ CHUNK_BEGUN = (re.compile(rb"(?:\r(?:\n(?:[0-9A-Fa-f]{1,15}(?:[ \t]*(?:;%b)?)?\r
 LAST_EVENT = re.compile(rb"(?:^|[\r\n])data: ?\[DONE\]")
 EMPTY_LINES = re.compile(rb"(?:\r\n)*+")
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")
+TRACE = re.compile(rb"[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
+TOKENS = re.compile(rb'"(prompt|input|completion|output)_tokens"[ \t\r\n]*:[ \t\r\n]*([0-9]{1,15})')
+FORM_MODEL = re.compile(rb'name="?model"?\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,256})\r\n')
 REQUEST_ID_LINE = re.compile(rb"(?im)^(x-request-id|request-id):[ \t]*([!-~]{1,128})[ \t]*\r?$")
 
 
@@ -452,6 +610,39 @@ def events_end(data):
     return max(ends, default=0)
 
 
+def token_usage(data):
+    """Return the (input, output) tokens of the last "usage" in an answer's JSON; None where not.
+
+    Inside a JSON string its quotes would be escaped: a model cannot write one into its text.
+    """
+    start = data.rfind(b'"usage"')
+    found = dict(TOKENS.findall(data, start, start + 2000)) if start >= 0 else {}
+    return tuple(int(found[a]) if a in found else int(found[b]) if b in found else None
+                 for a, b in ((b"prompt", b"input"), (b"completion", b"output")))
+
+
+def key_name(keys, authorization):
+    """Return the name of the key that an Authorization field presents (RFC 6750), or None.
+
+    All keys are compared, each in constant time: how long it takes tells nothing of any.
+    """
+    scheme, _, presented = authorization.partition(b" ")
+    presented, found = presented.strip(b" ") if scheme.lower() == b"bearer" else b"", None
+    for name, key in keys:
+        if compare_digest(key, presented):
+            found = name
+    return found
+
+
+def cors_lines(origin, allowed):
+    """Return the fields that let a page of this origin read the reply (Fetch standard, 3.2)."""
+    if not origin or "*" not in allowed and origin.decode("latin-1") not in allowed:
+        return []
+    return [b"Access-Control-Allow-Origin: " + origin, b"Vary: Origin",
+            b"Access-Control-Expose-Headers: x-request-id, x-backend-request-id, retry-after,"
+            b" retry-after-ms"]
+
+
 def refuse_constant(name):
     """Refuse NaN and the infinities, which Python's parser takes and RFC 8259 does not."""
     raise ValueError(f"{name} is not JSON")
@@ -477,9 +668,48 @@ def parse_json(body):
 
 
 # == 4. Observability ==============================================================================
-# Each request has one Record, filled in where things become known and turned into one line of the
-# log when the request has ended. Prompts, keys and query strings never come into it. What a client
-# chose (method, path, id, model) is ASCII without white space, or quoted: it cannot break a line.
+# Each request has one Record, filled in where things become known; when the request has ended, it
+# becomes one line of the log, and is counted. Prompts, keys and query strings never come into it.
+# What a client chose (method, path, id, model) is ASCII without white space, or quoted: it cannot
+# break a line. No label of a metric is a client's choice: what is unknown is counted as "other".
+
+LATENCY = (.01, .02, .04, .08, .16, .32, .64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92, 163.84,
+           327.68, 600)  # OpenTelemetry's recommended bounds end at 81.92, and the next at 10
+FIRST_TOKEN = (.001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5, 7.5, 10, 30, 60,
+               120, 300, 600)
+OVERHEAD = (.00005, .0001, .0002, .0005, .001, .002, .005, .01, .02, .05, .1, .2, .5, 1)
+OPERATION = "gen_ai_operation_name"
+FAMILIES = {  # name: (type, help, labels, upper bounds of the buckets)
+    "gen_ai_server_request_duration_seconds": (
+        "histogram", "Duration of inference requests.", (OPERATION,), LATENCY),
+    "gen_ai_server_time_to_first_token_seconds": (
+        "histogram", "Time to the first event of streamed answers.", (OPERATION,), FIRST_TOKEN),
+    "gen_ai_client_token_usage": (
+        "histogram", "Tokens of a request, as its answer tells them.", ("gen_ai_token_type",),
+        tuple(4 ** power for power in range(14))),
+    "gateway_requests_total": (
+        "counter", "Requests by the status of the reply and how it came out.",
+        ("status", "outcome"), ()),
+    "gateway_requests_in_flight": (
+        "gauge", "Requests at the backends, or on their way there.", (), ()),
+    "gateway_queue_depth": ("gauge", "Requests that wait for their turn.", (), ()),
+    "gateway_backend_up": ("gauge", "1 if the backend is up.", ("backend",), ()),
+    "gateway_backend_requests_total": (
+        "counter", "Tries at a backend by how they came out.", ("backend", "outcome"), ()),
+    "gateway_retries_total": ("counter", "Tries beyond the first of a request.", (), ()),
+    "gateway_client_disconnects_total": (
+        "counter", "Requests whose client left before the end of the reply.", (), ()),
+    "gateway_overhead_seconds": (
+        "histogram", "From a forwarded request's last byte to its reply's first, less the waiting"
+        " for the backend and for its turn.", (), OVERHEAD),
+    "gateway_build_info": ("gauge", "1, with the gateway's version.", ("version",), ())}
+OPERATIONS = {"/v1/chat/completions": "chat", "/v1/completions": "text_completion",
+              "/v1/embeddings": "embeddings"}
+REPEATABLE = frozenset("/v1/" + name for name in (  # POSTs that change nothing on the backend
+    "chat/completions", "completions", "embeddings", "moderations", "rerank", "score", "classify",
+    "tokenize", "detokenize", "audio/speech", "audio/transcriptions", "audio/translations"))
+STATUSES = frozenset((499, *HTTPStatus))
+SLOT_BYTES, ROW_SLOTS = 512, 1500  # of a series, at most; of a worker: of its pages, few are used
 
 
 def log(line):
@@ -495,36 +725,154 @@ def printable(text):
 
 
 class Record:
-    """What is known of one request: bytes of the reply's body, milliseconds, how it came out."""
+    """What is known of one request: bytes of the reply's body, milliseconds, how it came out.
 
-    __slots__ = ("time", "request_id", "client", "method", "path", "status", "model", "backend",
-                 "stream", "bytes", "first_byte_ms", "duration_ms", "outcome", "_began")
+    `result` is the outcome in five words, for the metrics: ok (whatever the status), refused (by
+    us, 4xx), failed (5xx), cut, or client_closed. In seconds: `first` and `first_piece` are when
+    the reply and its streamed body began, `asked` when the request had been read, `waited` is how
+    long others kept it waiting.
+    """
+
+    LOGGED = ("time", "request_id", "trace_id", "client", "key", "method", "path", "status",
+              "model", "backend", "stream", "bytes", "first_byte_ms", "duration_ms", "outcome")
+    __slots__ = (*LOGGED, "began", "first", "first_piece", "asked", "waited", "usage", "tries",
+                 "result")
     _second = (0, "")  # the last second that was formatted: strftime costs as much as all the rest
 
     def __init__(self, client):
-        self._began, self.client, self.status, self.bytes = time.monotonic(), client, 0, 0
+        self.began, self.client, self.status, self.bytes = time.monotonic(), client, 0, 0
         self.request_id, self.method = "", "-"  # no id is known yet; "-" would be a valid one
-        self.path = self.model = self.backend = "-"
-        self.stream, self.first_byte_ms, self.outcome = False, None, "ok"
-
-    def elapsed(self):
-        """Return the milliseconds since the request's first byte."""
-        return (time.monotonic() - self._began) * 1000
+        self.path = self.model = self.backend = self.key = self.trace_id = "-"
+        self.stream, self.outcome, self.result = False, "ok", "ok"
+        self.first = self.first_piece = self.asked = self.usage = None
+        self.waited, self.tries = 0.0, 0
 
     def line(self, form):
         """End the record and return its line for the log."""
-        now, self.duration_ms = time.time(), round(self.elapsed(), 2)
+        now, self.duration_ms = time.time(), round((time.monotonic() - self.began) * 1000, 2)
+        self.first_byte_ms = self.first and round((self.first - self.began) * 1000, 2)
         if Record._second[0] != int(now):
             Record._second = int(now), time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
         self.method, self.path = self.method[:32], self.path[:256]  # one write to a pipe: 4,096
         self.time = f"{Record._second[1]}.{int(now % 1 * 1000):03}Z"
         if form == "json":
-            return json.dumps({name: getattr(self, name) for name in self.__slots__[:-1]})
-        first = "-" if self.first_byte_ms is None else f"{self.first_byte_ms}ms"
+            return json.dumps({name: getattr(self, name) for name in self.LOGGED})
+        first = "-" if self.first is None else f"{self.first_byte_ms}ms"
         return (f"{self.time} {self.status} {self.method} {self.path} {self.duration_ms}ms"
                 f" first={first} bytes={self.bytes} stream={'yes' if self.stream else 'no'}"
                 f" model={self.model} backend={self.backend} client={self.client}"
-                f" id={self.request_id} {self.outcome}")
+                f" key={self.key} id={self.request_id} {self.outcome}")
+
+
+class Metrics:
+    """The counters of all workers: a row of slots for each in one mapping, made before the fork.
+
+    A slot is a series and its value. Invariant: a worker writes to its own row alone, under `lock`;
+    any reads all. Who takes a dead worker's place goes on in its row: no counter goes back.
+    """
+
+    def __init__(self, workers):
+        self._map = mmap.mmap(-1, workers * ROW_SLOTS * SLOT_BYTES)
+        self._values, self.lock = memoryview(self._map).cast("d"), threading.Lock()
+        self.attach(0)
+
+    def attach(self, worker):
+        """Go on in the row of this worker, with its gauges at 0."""
+        self._row = worker * ROW_SLOTS
+        self._slots = {series: slot for slot, series in self._series(self._row)}
+        for name, (kind, _, labels, _) in FAMILIES.items():
+            if kind != "histogram" and not labels:
+                self.add(0, name)
+                if kind == "gauge":
+                    self.set(0, name)
+
+    def _series(self, slot):
+        """Yield the slots that are in use from this one on, with their series."""
+        while slot % ROW_SLOTS < ROW_SLOTS - 1 and self._map[slot * SLOT_BYTES]:
+            text = self._map[slot * SLOT_BYTES:(slot + 1) * SLOT_BYTES - 8].rstrip(b"\0")
+            yield slot, tuple(text.decode().split("\t"))
+            slot += 1
+
+    def _cell(self, series):
+        """Return the index of a series' value; a new one gets a slot."""
+        slot = self._slots.get(series)
+        if slot is None:
+            slot = self._row + min(len(self._slots), ROW_SLOTS - 1)  # the last one is never read
+            name, start = "\t".join(series).encode()[:SLOT_BYTES - 8], slot * SLOT_BYTES
+            self._map[start + 1:start + len(name)] = name[1:]
+            self._map[start] = name[0]  # from here on others see it
+            self._slots[series] = slot
+        return slot * (SLOT_BYTES // 8) + SLOT_BYTES // 8 - 1
+
+    def add(self, amount, *series):
+        """Add to a series: a family, and a text for each label. Hold the lock."""
+        self._values[self._cell(series)] += amount
+
+    def set(self, value, *series):
+        """Set a gauge."""
+        self._values[self._cell(series)] = value
+
+    def observe(self, value, *series):
+        """Add a value to a histogram: slots are its buckets, and its sum. Hold the lock."""
+        bounds = FAMILIES[series[0]][3]
+        at = bisect_left(bounds, value)
+        self.add(1, *series, str(bounds[at]) if at < len(bounds) else "+Inf")
+        self.add(value, *series, "sum")
+
+    def count(self, record):
+        """Count a request that has ended."""
+        status = str(int(record.status)) if record.status in STATUSES else "other"
+        with self.lock:
+            self.add(1, "gateway_requests_total", status, record.result)
+            if record.result == "client_closed":
+                self.add(1, "gateway_client_disconnects_total")
+            if record.tries > 1:
+                self.add(record.tries - 1, "gateway_retries_total")
+            if record.first and record.asked:
+                self.observe(record.first - record.asked - record.waited,
+                             "gateway_overhead_seconds")
+            if record.method != "POST" or record.path not in REPEATABLE:
+                return
+            operation = OPERATIONS.get(record.path, "other")
+            self.observe(record.duration_ms / 1000, "gen_ai_server_request_duration_seconds",
+                         operation)
+            if record.stream and record.first_piece and record.status == 200:
+                self.observe(record.first_piece - record.began,
+                             "gen_ai_server_time_to_first_token_seconds", operation)
+            for kind, tokens in zip(("input", "output"), record.usage or ()):
+                if tokens is not None:
+                    self.observe(tokens, "gen_ai_client_token_usage", kind)
+
+    def render(self, more):
+        """Return Prometheus' text format 0.0.4 of the sums over all workers, and of `more`."""
+        sums = {name: {} for name in FAMILIES}
+        for row in range(0, len(self._values) * 8 // SLOT_BYTES, ROW_SLOTS):
+            for slot, (name, *labels) in self._series(row):
+                values, value = sums[name], self._values[(slot + 1) * (SLOT_BYTES // 8) - 1]
+                values[tuple(labels)] = values.get(tuple(labels), 0) + value
+        for (name, *labels), value in more.items():
+            sums[name][tuple(labels)] = value
+        lines = []
+        for name, (kind, text, labels, bounds) in FAMILIES.items():
+            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+            if kind != "histogram":
+                lines += [sample(name, labels, key, sums[name][key]) for key in sorted(sums[name])]
+                continue
+            for key in sorted({tuple(key[:-1]) for key in sums[name]}):
+                total = 0
+                for bound in (*map(str, bounds), "+Inf"):
+                    total += sums[name].get((*key, bound), 0)
+                    lines.append(sample(name + "_bucket", (*labels, "le"), (*key, bound), total))
+                lines.append(sample(name + "_sum", labels, key, sums[name].get((*key, "sum"), 0)))
+                lines.append(sample(name + "_count", labels, key, total))
+        return "\n".join([*lines, ""]).encode()
+
+
+def sample(name, labels, values, value):
+    """Return one line of Prometheus' text format."""
+    quoted = (text.replace("\\", r"\\").replace('"', r'\"') for text in values)
+    pairs = ",".join(f'{label}="{text}"' for label, text in zip(labels, quoted))
+    return f"{name}{{{pairs}}} {value:.12g}" if pairs else f"{name} {value:.12g}"
 
 
 # == 5. Backends ===================================================================================
@@ -532,15 +880,17 @@ class Record:
 # ("links") alive. So no redirect is followed, no field invented, no proxy used unasked. A link goes
 # back to the pool only at a message boundary: body read to its declared end, nothing behind it,
 # neither side said close; and it is used again only if nothing has come since. A request goes out
-# twice only if its link was a reused one that ended before the first byte of an answer, and if
-# repeating it changes nothing: the backend closed the link while it was idle.
+# twice only if no backend can have seen it, or if repeating it changes nothing: to the same one if
+# a reused link ended before the first byte of an answer, and to one other if the first one failed.
+# So a request that crashes what it reaches takes down two backends at most.
 
 IDLE_SECONDS = 4        # uvicorn, and so vLLM, closes an idle connection after 5
 RECEIVE_BYTES = 65_536  # one read; larger ones cost more to allocate than they save in calls
 
-REPEATABLE = frozenset("/v1/" + name for name in (  # POSTs that change nothing on the backend
-    "chat/completions", "completions", "embeddings", "moderations", "rerank", "score", "classify",
-    "tokenize", "detokenize", "audio/speech", "audio/transcriptions", "audio/translations"))
+MAX_BACK_OFF = 30        # seconds, doubled from 1, that a failing backend is left alone
+MAX_RETRY_AFTER = 300    # seconds that a backend may ask for
+MAX_HELD_BYTES = 4 << 20  # of a list of models, or an answer that is held while another is asked
+BUSY = frozenset((502, 503, 504))  # the backend, or one behind it, cannot answer now: another may
 
 
 def set_timeouts(sock, receive, send):
@@ -577,17 +927,25 @@ class BackendRequest(urllib.request.Request):
 
     It sets the documented attributes of urllib's Request itself, and plain ones: the stock
     __init__ parses the address each time, 7 us of the request's 50. `link` is the connection that
-    it holds, changed by the Pool alone; `cancelled` becomes true when the client has gone.
+    it holds, changed by the Pool alone; `cancelled` becomes true when the client has gone, `turn`
+    is the Event on which it waits for its turn.
     """
 
     full_url = data = None  # plain attributes here, properties there
     unverifiable, origin_req_host = False, ""
 
-    def __init__(self, backend, method, target, fields, body, repeatable):
-        self.type, self.host, self.selector = backend.scheme, backend.host, backend.path + target
-        self.full_url, self.method, self.data = backend.origin + self.selector, method, body
-        self.headers, self.fields, self.repeatable = {}, fields, repeatable
-        self.link, self.cancelled = None, False
+    def __init__(self, method, target, fields, body, model, repeatable):
+        self.method, self.target, self.data, self.model = method, target, body, model
+        self.headers, self.own_fields, self.repeatable = {}, fields, repeatable
+        self.link = self.backend = self.turn = None
+        self.cancelled = False
+
+    def aim(self, backend):
+        """Direct it to this backend."""
+        self.backend, self.type, self.host = backend, backend.scheme, backend.host
+        self.selector = backend.path + self.target
+        self.full_url = backend.origin + self.selector
+        self.fields = backend.host_line + self.own_fields
 
 
 class Link:
@@ -651,6 +1009,19 @@ class Response:
         """The body is whole: keep the link if nothing else is on it."""
         (self._pool.keep if at_boundary and self._persistent else self._pool.drop)(self._request)
 
+    def read(self):
+        """Return the body of a short response, and hold it; raises like pieces()."""
+        if not self.whole:
+            pieces, size = [], 0
+            for piece in self.pieces():
+                pieces.append(piece)
+                size += len(piece)
+                if size > MAX_HELD_BYTES:
+                    raise Broken(f"sent more than {MAX_HELD_BYTES} bytes")
+            self.whole, self.rest = True, b"".join(pieces)
+            self.length = len(self.rest)
+        return self.rest
+
     def pieces(self):
         """Yield the body as it comes; raises Broken or BackendTimeout if it is not whole."""
         link, data, body = self._request.link, self.rest, Body(self.length)
@@ -681,6 +1052,7 @@ class Pool(urllib.request.BaseHandler):
 
     def __init__(self, settings):
         self._settings, self._lock, self._idle, self._tls = settings, threading.Lock(), {}, None
+        self._dropped = NOT_RETURNED | CORS_FIELDS if settings.cors_origins else NOT_RETURNED
 
     def http_open(self, request):
         """Send a BackendRequest and return its Response, whose head has come.
@@ -690,11 +1062,15 @@ class Pool(urllib.request.BaseHandler):
         if self._take(request):
             try:
                 return self._exchange(request)
-            except NoAnswer:
+            except NoAnswer as error:
                 if not request.repeatable or request.cancelled:
                     raise
+                unanswered = error
             self.drop(request)
-            self._dial(request)
+            try:
+                self._dial(request)
+            except Unreachable:
+                raise unanswered from None  # the request may be what ended the backend
         return self._exchange(request)
 
     https_open = http_open
@@ -716,7 +1092,7 @@ class Pool(urllib.request.BaseHandler):
                     if not piece:
                         raise failure("closed the connection before its response was there")
                     data, scanned, failure = data + piece, len(data), Broken
-                start, index, lines = parse_head(data[:end], NOT_RETURNED)
+                start, index, lines = parse_head(data[:end], self._dropped)
                 status_line, data = STATUS_LINE.fullmatch(start), data[end + 2:]
                 if not status_line or status_line[2] == b"101":  # nobody asked to switch protocols
                     raise Malformed("its status line is not of the form 'HTTP/1.1 200 OK'")
@@ -788,12 +1164,14 @@ class Pool(urllib.request.BaseHandler):
             link.sock.close()
 
     def cancel(self, request):
-        """End a request from another thread: what waits on its link sees the end at once.
+        """End a request from another thread: what waits for it sees the end at once.
 
         The lock is held over the shutdown, which does not block: the link is still this request's.
         """
         with self._lock:
             request.cancelled = True
+            if request.turn:
+                request.turn.set()
             if request.link:
                 with suppress(OSError):
                     socket.socket.shutdown(request.link.sock, socket.SHUT_RDWR)  # below any TLS
@@ -810,26 +1188,202 @@ class Pool(urllib.request.BaseHandler):
 
 
 class Backend:
-    """A server to forward to, by its parsed address."""
+    """A server to forward to: its address, what it serves, and how it has been doing.
+
+    `models` are the cards of /v1/models by id, None if they are not known. While `up` is false,
+    nothing is sent before `retry_at`, and then one request every `back_off` seconds; `held` says
+    that it answered so itself, and no probe shortens that. Changed under the lock of Backends.
+    """
 
     def __init__(self, url):
         self.url, parts = url, urllib.parse.urlsplit(url)
         self.scheme, self.host, self.path = parts.scheme, parts.netloc, parts.path
         self.origin = f"{parts.scheme}://{parts.netloc}"
-        self.host_line = b"Host: " + parts.netloc.encode()
+        self.host_line = b"Host: %b\r\n" % parts.netloc.encode()
+        self.up, self.held, self.back_off, self.retry_at = True, False, 0, 0.0
+        self.models, self.in_flight, self.turn = None, 0, 0
+        self.probe_at, self.probing, self.probed = 0.0, False, False
+
+    def is_free(self, now):
+        """Tell whether a request may be sent to it."""
+        return self.up or now >= self.retry_at
+
+    def state(self):
+        """Return what /readyz tells of it."""
+        return {"url": self.url, "up": self.up, "in_flight": self.in_flight,
+                "models": None if self.models is None else list(self.models)}
 
 
 class Backends:
-    """Where requests are forwarded to."""
+    """Where requests are forwarded to: who is up, who serves what, and who is next."""
 
-    def __init__(self, settings):
-        self.backend, self.pool = Backend(settings.backend_url), Pool(settings)
+    def __init__(self, settings, metrics):
+        self.all = [Backend(url) for url in settings.backend_url]
+        self.pool, self._metrics, self._interval = Pool(settings), metrics, settings.probe_interval
+        self._prober = Pool(argparse.Namespace(
+            **vars(settings) | {"backend_timeout": settings.connect_timeout}))
         self._opener = urllib.request.OpenerDirector()
         self._opener.add_handler(self.pool)
+        self._lock, self._turns = threading.Lock(), itertools.count(1)
+        self.via = b"1.1 gateway-" + uuid.uuid4().hex[:16].encode()  # of all workers
+        self.authorization = b""  # the header line with the backends' key
 
-    def open(self, request):
-        """Return the Response to a BackendRequest; raises APIError, or ClientGone if cancelled."""
-        return self._opener.open(request)
+    def open(self, request, record):
+        """Return the Response to a BackendRequest, from the first backend that gives a good one.
+
+        What was sent decides, and the class of the failure proves it. A backend that could not be
+        reached has not seen the request: the next one gets it. If one broke, or answered 429, 502,
+        503 or 504, one other gets it, if it may be repeated. A time-out is final: the backend may
+        be at work. Of what came back, the last stands. Raises APIError, or ClientGone.
+        """
+        tried, last, again, only_free = [], None, request.repeatable, False
+        backend = self._choose(request, tried)
+        while backend:
+            self.release(request)
+            request.aim(backend)
+            tried.append(backend)
+            record.tries = len(tried)
+            try:
+                answer = self._try(request, record)
+            except Unreachable as error:
+                last = last or error
+                backend = self._choose(request, tried, only_free)
+                continue
+            except Broken as error:
+                answer = error
+            last, only_free, record.backend = answer, True, backend.url
+            failed = isinstance(answer, Broken) or answer.status in BUSY or answer.status == 429
+            backend = self._choose(request, tried, True) if failed and again else None
+            again = False
+            if backend and isinstance(answer, Response):
+                try:
+                    answer.read()
+                except APIError as error:
+                    last = error
+        if isinstance(last, Response):
+            return last
+        if isinstance(last, Unreachable) and len(self.all) > 1:
+            raise APIError(503, "no_healthy_backend", f"none of the backends can be reached"
+                           f" ({len(tried)} tried); try again", headers=(b"Retry-After: 1",))
+        raise last
+
+    def _choose(self, request, tried, only_free=False):
+        """Return the backend to try next, counted in, or None.
+
+        It serves the model, or nobody does; it is up, or the one that may be tried the soonest; and
+        of those it has the fewest requests in flight, or has waited longest for its turn.
+        """
+        now, model = time.monotonic(), request.model
+        with self._lock:
+            left = self.all if model is None else [
+                b for b in self.all if b.models is None or model in b.models] or self.all
+            left = [b for b in left if b not in tried and (not only_free or b.is_free(now))]
+            if not left:
+                return None
+            backend = min(left, key=lambda b: (
+                (0, b.in_flight, b.turn) if b.is_free(now) else (1, b.retry_at, 0)))
+            if not backend.up and backend.is_free(now):  # others wait for how this one fares
+                backend.back_off = min(2 * backend.back_off, MAX_BACK_OFF)
+                backend.retry_at = now + backend.back_off
+            backend.in_flight, backend.turn = backend.in_flight + 1, next(self._turns)
+        return backend
+
+    def _try(self, request, record):
+        """Send the request to the backend that it is aimed at; note how that came out."""
+        backend, began = request.backend, time.monotonic()
+        record.backend, outcome = backend.url, "cancelled"
+        try:
+            answer = self._opener.open(request)
+            outcome = f"{answer.status // 100}xx"
+            if answer.status in BUSY:
+                wait = answer.index.get(b"retry-after", b"") if answer.status == 503 else b""
+                self.failed(backend, f"it answered {answer.status}", True,
+                            min(int(wait), MAX_RETRY_AFTER) if wait.isdigit() else 0)
+            elif not backend.up:
+                self.succeeded(backend)
+            return answer
+        except APIError as error:
+            if request.cancelled:
+                raise ClientGone from None
+            outcome = error.code
+            self.failed(backend, error.message)
+            raise
+        finally:
+            record.waited += time.monotonic() - began
+            with self._metrics.lock:
+                self._metrics.add(1, "gateway_backend_requests_total", backend.url, outcome)
+
+    def release(self, request):
+        """The request has no more to do with its backend: stop what it still does for it."""
+        self.pool.drop(request)
+        if request.backend:
+            with self._lock:
+                request.backend.in_flight -= 1
+            request.backend = None
+
+    def failed(self, backend, why, held=False, wait=0):
+        """Leave the backend alone for a while, `wait` seconds if it said so."""
+        with self._lock:
+            was_up, now = backend.up, time.monotonic()
+            if was_up:
+                backend.up, backend.back_off, backend.retry_at = False, 1, now + 1
+            backend.held = held
+            backend.retry_at = max(backend.retry_at, now + wait)
+        if was_up:
+            log(f"backend {backend.url} is down: {why}; skipped for {wait or 1} s")
+
+    def succeeded(self, backend):
+        """The backend answers: it is up."""
+        with self._lock:
+            was_up, backend.up, backend.held = backend.up, True, False
+        if not was_up:
+            log(f"backend {backend.url} is up")
+
+    def probe_due(self):
+        """Start a thread for each backend whose probe is due."""
+        for backend in self.all:
+            now = time.monotonic()
+            if self._interval and now >= backend.probe_at and not backend.probing:
+                backend.probing, backend.probe_at = True, now + self._interval
+                start_new_thread(self._probe, (backend,))
+
+    def _probe(self, backend):
+        """Ask a backend which models it serves, and so whether it is up.
+
+        Silence of one that is at work is no failure: some answer nothing while they generate.
+        """
+        fields = b"User-Agent: gateway.py/%b (probe)\r\nVia: %b\r\n%b" % (
+            __version__.encode(), self.via, self.authorization)
+        request = BackendRequest("GET", "/v1/models", fields, b"", None, True)
+        request.aim(backend)
+        try:
+            answer = self._prober.http_open(request)
+            if answer.status in BUSY or answer.status == 508:  # 508: it is this gateway
+                return self.failed(backend, f"it answered {answer.status} to a probe", True)
+            models = None
+            with suppress(APIError, AttributeError, KeyError, TypeError):  # it is no such list
+                if answer.status == 200:
+                    models = {card["id"]: card for card in parse_json(answer.read())["data"]}
+            backend.models = models
+            if not (backend.held and time.monotonic() < backend.retry_at):
+                self.succeeded(backend)
+        except APIError as error:
+            if not (isinstance(error, BackendTimeout) and backend.in_flight):
+                self.failed(backend, error.message)
+        except Exception:
+            log(f"internal error, probe of {backend.url}\n{traceback.format_exc()}")
+        finally:
+            self._prober.drop(request)
+            backend.probing, backend.probed = False, True
+
+    def models(self):
+        """Return the cards of the models of all backends that are up, or None if none is known."""
+        known, cards = [b.models for b in self.all if b.up and b.models is not None], {}
+        for models in known:
+            cards |= models | cards  # the first one's card of a model stays
+        return list(cards.values()) if known else None
+
+
 
 
 # == 6. Echo =======================================================================================
@@ -916,16 +1470,19 @@ def event(data):
 
 MIN_BODY_RATE = 1_000      # bytes a second that a body has to make on average: a modem's pace
 SKIP_BYTES = 65_536        # a body up to this is read after a refusal, to keep the connection
-PEEK_BYTES = 1 << 20       # JSON that need not be parsed is, up to this, for the log's model
 MAX_EVENT_BYTES = 262_144  # the beginning of an event is held back up to this
+USAGE_BYTES = 4_096        # of the end of an answer, where its usage stands
 LINGER_SECONDS = 5         # for a refused client to stop sending; nginx gives as many
 
 PARSED = frozenset(("/v1/chat/completions", "/v1/completions"))  # POSTs here must be JSON objects
 ECHO_MODEL = {"id": "echo", "object": "model", "created": 0, "owned_by": "gateway"}
-OWN_PATHS = {"/healthz": ("GET", "HEAD"), "*": ("GET", "HEAD", "POST")}
+OPEN_PATHS = ("/healthz", "/readyz")  # need no key: who asks them has none
+OWN_PATHS = {"/healthz": ("GET", "HEAD"), "/readyz": ("GET", "HEAD"), "/metrics": ("GET", "HEAD"),
+             "*": ("GET", "HEAD", "POST")}
 ECHO_PATHS = {"/v1/chat/completions": ("POST",), "/v1/models": ("GET", "HEAD"),
               "/v1/models/echo": ("GET", "HEAD")}
 JSON_TYPE = b"Content-Type: application/json"
+METRICS_TYPE = b"Content-Type: text/plain; version=0.0.4; charset=utf-8"
 EVENT_TYPE = b"Content-Type: text/event-stream; charset=utf-8"
 UNBUFFERED = {b"cache-control": b"Cache-Control: no-cache",  # asks proxies before us to pass events
               b"x-accel-buffering": b"X-Accel-Buffering: no"}
@@ -946,6 +1503,18 @@ class Handler(BaseHTTPRequestHandler):
         with suppress(OSError):  # it may be reset already
             self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
+    def handle(self):
+        """Serve the connection's requests, behind its TLS handshake if there is to be one."""
+        if self.server.tls:
+            try:
+                self.connection = self.server.tls.wrap_socket(
+                    self.request, server_side=True, do_handshake_on_connect=False)
+                self.connection.settimeout(self.settings.client_timeout)
+                self.connection.do_handshake()
+            except OSError:
+                return
+        super().handle()
+
     def finish(self):
         """Let a client that still owes a body read its reply.
 
@@ -958,11 +1527,17 @@ class Handler(BaseHTTPRequestHandler):
                 self.connection.shutdown(socket.SHUT_WR)
                 while self.receive(deadline):
                     pass
+        if self.connection is not self.request:
+            with suppress(OSError, ValueError):  # say that this is the end (RFC 8446, 6.1)
+                self.connection.settimeout(0)
+                self.connection.unwrap()
+            self.connection.close()
 
     def handle_one_request(self):
         """Serve one request. Whatever happens, it ends in one reply and one line of the log."""
         self.close_connection, self.length, self.minor = True, 0, 1
         self.begun = self.expects = self.at_boundary = self.ends_by_closing = False
+        self.cors = []
         if not self.receive_first():
             return
         self.length = UNTIL_CLOSE
@@ -978,7 +1553,9 @@ class Handler(BaseHTTPRequestHandler):
             log(f"internal error, id={record.request_id}\n{traceback.format_exc()}")
             self.fail(APIError(500, "internal_error", "the gateway failed; its log says why"))
         finally:
-            log(record.line(self.settings.log_format))
+            line = record.line(self.settings.log_format)
+            self.server.metrics.count(record)
+            log(line)
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -1036,8 +1613,12 @@ class Handler(BaseHTTPRequestHandler):
             if not piece:
                 raise Malformed("the head of the request was cut off")
             self.buffer += piece
-        line, index, self.lines = parse_head(self.buffer[:end], NOT_FORWARDED)
+        line, index, self.lines = parse_head(self.buffer[:end], self.server.not_forwarded)
         self.index, record.request_id = index, accepted_request_id(index)
+        if self.settings.cors_origins:
+            self.cors = cors_lines(index.get(b"origin"), self.settings.cors_origins)
+        if trace := TRACE.fullmatch(index.get(b"traceparent", b"")):
+            record.trace_id = trace[1].decode()
         record.method, target, self.minor = parse_request_line(line)
         self.authority, target = parse_target(record.method, target, index, self.minor)
         self.target = target.decode()
@@ -1078,15 +1659,20 @@ class Handler(BaseHTTPRequestHandler):
 
     def dispatch(self):
         """Answer the request whose head has been read."""
-        record, path = self.record, self.record.path
+        record, path, backends = self.record, self.record.path, self.server.backends
+        if self.cors and record.method == "OPTIONS" and (
+                b"access-control-request-method" in self.index):
+            return self.answer_preflight()
+        if self.server.keys and path not in OPEN_PATHS:
+            self.authenticate()
         methods = self.server.paths.get(path)
-        if methods is None and path.startswith("/v1/") and self.server.backends:
+        if methods is None and path.startswith("/v1/") and backends:
             if record.method not in ("CONNECT", "TRACE"):  # which are about the way, not the end
                 return self.forward()
             methods = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
         if methods is None:
             raise APIError(404, "unknown_url", f"nothing is at {printable(path)}; use the base URL"
-                           " http://HOST:PORT/v1" + ("" if self.server.backends else
+                           " http://HOST:PORT/v1" + ("" if backends else
                                                      " (in echo mode: chat/completions, models)"))
         allow = f"Allow: {', '.join(methods)}, OPTIONS".encode()
         if record.method not in (*methods, "OPTIONS"):
@@ -1097,11 +1683,33 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(204, b"", (allow,))
         elif path == "/healthz":
             self.reply(200, b'{"status": "ok"}')
+        elif path == "/readyz":
+            status, state = self.server.readiness()
+            self.reply(status, json.dumps(state).encode())
+        elif path == "/metrics":
+            self.reply(200, self.server.metrics.render(self.server.gauges()), (), METRICS_TYPE)
         elif path == "/v1/chat/completions":
             self.echo(parse_json(body))
         else:
             models = {"object": "list", "data": [ECHO_MODEL]}
             self.reply(200, json.dumps(models if path == "/v1/models" else ECHO_MODEL).encode())
+
+    def authenticate(self):
+        """Note the name of the client's key; raises 401 if it has none of ours."""
+        name = key_name(self.server.keys, self.index.get(b"authorization", b""))
+        if name is None:
+            raise APIError(401, "invalid_api_key", "send a valid key of this gateway:"
+                           " 'Authorization: Bearer KEY'", headers=(b"WWW-Authenticate: Bearer",))
+        self.record.key = name
+
+    def answer_preflight(self):
+        """Tell a browser what a page may send; it asks without a key (Fetch standard, 4.8)."""
+        self.read_body()
+        asked = self.index.get(b"access-control-request-headers")
+        self.reply(204, b"", [
+            b"Access-Control-Allow-Methods: GET, HEAD, POST, PUT, PATCH, DELETE",
+            b"Access-Control-Max-Age: 7200",
+            *([b"Access-Control-Allow-Headers: " + asked] if asked else [])])
 
     def echo(self, asked):
         """Answer a chat completion request by ourselves."""
@@ -1115,51 +1723,74 @@ class Handler(BaseHTTPRequestHandler):
         self.write_end()
 
     def forward(self):
-        """Answer with what the backend answers."""
-        record, backends, body = self.record, self.server.backends, self.read_body()
-        if record.method == "POST":
-            self.look_into(body)
-        backend, repeatable = backends.backend, record.method in ("GET", "HEAD")
-        record.backend = backend.url
-        self.forwarding = request = BackendRequest(
-            backend, record.method, self.target, self.fields_for(backend, body), body,
-            repeatable or record.method == "POST" and record.path in REPEATABLE)
+        """Answer with what a backend answers."""
+        record, server, backends = self.record, self.server, self.server.backends
+        body, record.asked = self.read_body(), time.monotonic()
+        if backends.via in self.index.get(b"via", b""):
+            raise APIError(508, "loop_detected", "the request has been here before: BACKEND_URL"
+                           " leads back to this gateway")
+        if len(backends.all) > 1 and record.path == "/v1/models" and (
+                record.method in ("GET", "HEAD") and (cards := backends.models()) is not None):
+            return self.reply(200, json.dumps({"object": "list", "data": cards}).encode())
+        request = self.forwarding = BackendRequest(
+            record.method, self.target, self.fields_for(body), body, self.look_into(body),
+            record.method in ("GET", "HEAD")
+            or record.method == "POST" and record.path in REPEATABLE)
         try:
-            self.relay(backends.open(request))
+            server.admission.enter(request, record)
+            try:
+                self.relay(backends.open(request, record))
+            except (Broken, BackendTimeout) as error:
+                if not request.cancelled:
+                    backends.failed(request.backend, error.message)
+                raise
+            finally:
+                self.forwarding = None
+                backends.release(request)
+                server.admission.leave()
         except APIError:
             if request.cancelled:
                 raise ClientGone from None
             raise
         finally:
             self.forwarding = None
-            backends.pool.drop(request)  # unless it is back already: this stops the backend's work
 
     def look_into(self, body):
-        """Note model and stream of posted JSON; raises 400 if it must be an object and is not."""
-        must = self.record.path in PARSED
-        try:
-            if must or len(body) <= PEEK_BYTES and self.index.get(
-                    b"content-type", b"").startswith(b"application/json"):
-                asked = parse_json(body)
-                self.record.stream, model = asked.get("stream") is True, asked.get("model")
-                self.record.model = printable(model) if isinstance(model, str) else "-"
-        except APIError:
-            if must:
-                raise
+        """Return the model that the request is for, or None, and note it.
 
-    def fields_for(self, backend, body):
-        """Return the request's header lines for a backend: the client's and our own."""
+        Raises 400 for what must be a JSON object and is none.
+        """
+        record, kind, model = self.record, self.index.get(b"content-type", b"").lower(), None
+        if record.method != "POST":
+            return urllib.parse.unquote(record.path.removeprefix("/v1/models/")) if (
+                record.path.startswith("/v1/models/")) else None
+        if record.path in PARSED or kind.startswith(b"application/json") or body[:1] == b"{":
+            try:
+                asked = parse_json(body)
+                record.stream, model = asked.get("stream") is True, asked.get("model")
+            except APIError:
+                if record.path in PARSED:
+                    raise
+        elif kind.startswith(b"multipart/form-data") and (field := FORM_MODEL.search(body)):
+            model = field[1].decode("utf-8", "replace")
+        if not isinstance(model, str):
+            return None
+        record.model = printable(model)
+        return model
+
+    def fields_for(self, body):
+        """Return the request's header lines for a backend, but for Host: the client's and ours."""
         index, record = self.index, self.record
         before = index[b"x-forwarded-for"] + b", " if index.get(b"x-forwarded-for") else b""
-        lines = [backend.host_line, *self.lines,
+        lines = [*self.lines, b"Via: " + self.server.backends.via,
                  b"X-Request-ID: " + record.request_id.encode(),
                  b"X-Forwarded-For: " + before + record.client.encode(),
-                 b"X-Forwarded-Proto: " + index.get(b"x-forwarded-proto", b"http")]
+                 b"X-Forwarded-Proto: " + index.get(b"x-forwarded-proto", self.server.scheme)]
         if host := index.get(b"x-forwarded-host", self.authority):  # HTTP/1.0 may have none
             lines.append(b"X-Forwarded-Host: " + host)
         if body or record.method in ("POST", "PUT", "PATCH"):
             lines.append(b"Content-Length: %d" % len(body))
-        lines.append(b"")
+        lines.append(self.server.backends.authorization)
         return b"\r\n".join(lines)
 
     def relay(self, response):
@@ -1183,15 +1814,19 @@ class Handler(BaseHTTPRequestHandler):
                   and b"content-encoding" not in index)
         if events:
             lines += [line for name, line in UNBUFFERED.items() if name not in index]
+        answered = record.method == "POST" and response.status == 200
         if response.whole:
             self.begin(response.status, response.reason, lines, length)
-            record.bytes = length
+            record.bytes, record.usage = length, answered and token_usage(response.rest)
             return self.write(response.rest)
         self.begin(response.status, response.reason, lines, UNTIL_CLOSE if events else length)
         self.write(b"")
         self.at_boundary, tail, proven_whole = events, b"", length != UNTIL_CLOSE
+        recent = b""
         for piece in response.pieces():
             proven_whole = proven_whole or events and LAST_EVENT.search(tail + piece)
+            if answered:
+                recent = (recent + piece)[-USAGE_BYTES:]
             if events:
                 piece = tail + piece
                 end = events_end(piece)
@@ -1203,11 +1838,12 @@ class Handler(BaseHTTPRequestHandler):
                 tail or record.path in PARSED and response.status == 200):
             raise Broken("closed the connection before the end of its event stream")
         self.write_piece(tail)
+        record.usage = answered and token_usage(recent)
         self.write_end()
 
-    def reply(self, status, body=b"", lines=()):
-        """Answer with JSON of our own."""
-        lines = [*lines, JSON_TYPE, self.server.date] if body else [*lines, self.server.date]
+    def reply(self, status, body=b"", lines=(), kind=JSON_TYPE):
+        """Answer with a body of our own."""
+        lines = [*lines, kind, self.server.date] if body else [*lines, self.server.date]
         self.begin(status, HTTPStatus(status).phrase.encode(), lines,
                    len(body) if status != 204 else None)
         body = b"" if self.record.method == "HEAD" else body
@@ -1235,12 +1871,13 @@ class Handler(BaseHTTPRequestHandler):
         elif not self.minor:
             framing += b"Connection: keep-alive\r\n"
         self.pending = b"\r\n".join((
-            b"HTTP/1.1 %d %b" % (status, reason), *lines, framing + b"X-Request-ID: "
+            b"HTTP/1.1 %d %b" % (status, reason), *lines, *self.cors, framing + b"X-Request-ID: "
             + self.record.request_id.encode(), b"", b""))
 
     def write_piece(self, piece):
         """Write a piece of a body of unknown length; an empty one would end it."""
         if piece:
+            self.record.first_piece = self.record.first_piece or time.monotonic()
             self.record.bytes += len(piece)
             self.write(b"%x\r\n%b\r\n" % (len(piece), piece) if self.chunked else piece)
 
@@ -1253,12 +1890,15 @@ class Handler(BaseHTTPRequestHandler):
         """Send a part of the reply, with its head before the first."""
         if not self.begun:
             self.begun, data = True, self.pending + data
-            self.record.first_byte_ms = round(self.record.elapsed(), 2)
+            self.record.first = time.monotonic()
         self.send(data)
 
     def send(self, data):
         """Send bytes as fast as the client takes them; raises ClientGone if it does not."""
         try:
+            if self.connection is not self.request:  # of TLS: one time-out serves both directions
+                self.patience = self.settings.client_timeout
+                self.connection.settimeout(self.patience)
             self.connection.sendall(data)
         except OSError:
             raise ClientGone from None
@@ -1268,6 +1908,7 @@ class Handler(BaseHTTPRequestHandler):
     def fail(self, error):
         """Answer with an error: as JSON, in a begun event stream as an event, else by a cut."""
         record, record.outcome = self.record, error.code
+        record.result = "cut" if self.begun else "failed" if error.status >= 500 else "refused"
         if not record.request_id:  # the head was not understood; an id in it counts all the same
             lines = REQUEST_ID_LINE.findall(self.buffer.partition(b"\r\n\r\n")[0])
             record.request_id = accepted_request_id({n.lower(): value for n, value in lines[::-1]})
@@ -1291,6 +1932,7 @@ class Handler(BaseHTTPRequestHandler):
         """Stop: the client has gone, or has at least closed its half of the connection."""
         self.close_connection, self.length = True, 0
         self.record.status, self.record.outcome = 499, "client_closed"
+        self.record.result = "client_closed"
         self.cut()
 
     def cut(self):
@@ -1303,38 +1945,120 @@ class Handler(BaseHTTPRequestHandler):
 
 # == 8. Server =====================================================================================
 # Binds, gives each connection a thread, and refuses those past the limit. Ten times a second it
-# looks for clients that left while a backend works for them. To stop, it takes no more connections
-# and waits for the requests in flight.
+# looks for clients that left while a backend works for them, and for probes that are due. To stop,
+# it says so at /readyz, then takes no more connections and waits for the requests in flight.
 
 SWEEP_SECONDS = 0.1   # a vanished client's backend is stopped within about this
 PARTING_SECONDS = 1   # a refused connection stays open so long, for its 503 to arrive
 STACK_BYTES = 2 << 20  # of a thread: with 1 MiB or less, deeply nested JSON kills the process
 
 
+class Admission:
+    """Lets so many requests go to the backends at once; further ones wait, the first one first.
+
+    Invariant: while somebody waits, every place is taken; who leaves hands his place on.
+    """
+
+    def __init__(self, places, patience):
+        self._free, self._patience, self._limited = places, patience, places > 0
+        self._lock, self.queue = threading.Lock(), []
+
+    def enter(self, request, record):
+        """Wait for a place, which leave() gives back; raises 429, or ClientGone if cancelled."""
+        if not self._limited:
+            return
+        with self._lock:
+            if self._free:
+                self._free -= 1
+                return
+            request.turn = threading.Event()
+            self.queue.append(request)
+        began = time.monotonic()
+        if not request.cancelled:  # before it had an Event to be woken by
+            request.turn.wait(self._patience)
+        record.waited += time.monotonic() - began
+        with self._lock:
+            if request not in self.queue:
+                return
+            self.queue.remove(request)
+        if request.cancelled:
+            raise ClientGone
+        raise APIError(429, "concurrency_limit", "as many requests as MAX_CONCURRENT_REQUESTS"
+                       " allows are in flight; try again",
+                       headers=(b"Retry-After: 1", b"retry-after-ms: 1000"))
+
+    def leave(self):
+        """Give the place to the next in turn."""
+        if self._limited:
+            with self._lock:
+                if self.queue:
+                    self.queue.pop(0).turn.set()
+                else:
+                    self._free += 1
+
+
 class Server(ThreadingHTTPServer):
-    """The listening socket, and the connections: a dict of socket to Handler (None at first)."""
+    """The listening socket, and the connections: a dict of socket to Handler (None at first).
+
+    It is made before any worker is forked: they share the socket, the metrics and the keys.
+    """
 
     request_queue_size = 4096  # the stock backlog of 5 loses connections in any burst
     allow_reuse_address = os.name == "posix"  # elsewhere it would let two servers share a port
 
     def __init__(self, settings):
         self.settings, self.connections, self.parting, self.draining = settings, {}, [], False
-        self.backends = Backends(settings) if settings.backend_url else None
+        self.metrics, self.supervisor = Metrics(settings.workers), None
+        self.backends = Backends(settings, self.metrics) if settings.backend_url else None
+        self.admission = Admission(settings.max_concurrent_requests, settings.queue_timeout)
         self.paths = OWN_PATHS if self.backends else OWN_PATHS | ECHO_PATHS
+        self.reload()
         self.address_family = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
         super().__init__((settings.host, settings.port), Handler)
         self.sweep()
 
+    def reload(self):
+        """Read the keys and the certificate, also again; raises ValueError, and changes nothing."""
+        (self.keys, backend_key), self.tls = read_secrets(self.settings), make_tls(self.settings)
+        self.scheme = b"https" if self.tls else b"http"
+        self.not_forwarded = NOT_FORWARDED
+        if self.keys or backend_key:
+            self.not_forwarded = NOT_FORWARDED | {b"authorization"}
+        if self.backends and backend_key:
+            self.backends.authorization = f"Authorization: Bearer {backend_key}\r\n".encode()
+
     def server_bind(self):
-        """Bind without the stock look-up of the host's name, which takes 35 s if DNS is down."""
-        TCPServer.server_bind(self)
+        """Bind without the stock look-up of the host's name, which takes 35 s if DNS is down.
+
+        With workers, all are woken by a connection, and those who come too late must not wait.
+        """
+        if self.settings.listen_fd is None:
+            TCPServer.server_bind(self)
+        else:
+            self.socket.close()
+            self.socket = socket.socket(fileno=self.settings.listen_fd)
+            if self.socket.family not in (socket.AF_INET, socket.AF_INET6):
+                raise ValueError("it is no TCP socket")
+            self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = self.server_address[:2]
+        self.socket.setblocking(False)
+
+    def serve_forever(self, poll_interval=SWEEP_SECONDS):
+        """Serve, once the first probes have told who serves what, or have had a second for it."""
+        began = time.monotonic()
+        self.sweep()
+        while self.backends and time.monotonic() < began + PARTING_SECONDS and (
+                any(backend.probing and not backend.probed for backend in self.backends.all)):
+            time.sleep(0.002)
+        super().serve_forever(poll_interval)
 
     def get_request(self):
         """Accept a connection; out of descriptors, wait for some rather than spin."""
         try:
-            return super().get_request()
+            request, address = super().get_request()
+            request.setblocking(True)  # BSDs pass the listener's mode on
+            return request, address
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 time.sleep(SWEEP_SECONDS)
@@ -1382,36 +2106,62 @@ class Server(ThreadingHTTPServer):
         """Cancel what is forwarded for clients that have gone; close what is due to be closed."""
         self.next_sweep = time.monotonic() + SWEEP_SECONDS
         self.date, forwarding = f"Date: {formatdate(usegmt=True)}".encode(), {}
-        for connection, handler in list(self.connections.items()):
+        for handler in list(self.connections.values()):
             if handler and (request := handler.forwarding) and not request.cancelled:
-                forwarding[connection.fileno()] = request
+                forwarding[handler.connection.fileno()] = request
         for descriptor in hung_up(forwarding):
             self.backends.pool.cancel(forwarding[descriptor])
+        self.gauges()
         if self.backends:
             self.backends.pool.expire()
+            self.backends.probe_due()
+        if self.supervisor and os.getppid() != self.supervisor:  # it was killed
+            os.kill(os.getpid(), signal.SIGTERM)
         while self.parting and (self.parting[0][0] < time.monotonic() or len(self.parting) > 1000):
             self.parting.pop(0)[1].close()
+
+    def gauges(self):
+        """Set this worker's gauges; return those that are no sums over the workers."""
+        waiting = len(self.admission.queue)
+        forwarding = sum(1 for handler in list(self.connections.values())
+                         if handler and handler.forwarding)
+        self.metrics.set(max(forwarding - waiting, 0), "gateway_requests_in_flight")
+        self.metrics.set(waiting, "gateway_queue_depth")
+        return {("gateway_build_info", __version__): 1} | {
+            ("gateway_backend_up", backend.url): backend.up
+            for backend in (self.backends.all if self.backends else ())}
+
+    def readiness(self):
+        """Return the status and the JSON of /readyz."""
+        backends = self.backends.all if self.backends else []
+        status = ("draining" if self.draining else "no backend is up" if backends and not any(
+            backend.up for backend in backends) else "ready")
+        return (200 if status == "ready" else 503,
+                {"status": status, "backends": [backend.state() for backend in backends]})
 
     def drain(self, patience):
         """Stop listening and wait until the requests in flight have ended; tell whether they did.
 
-        Connections made before are still answered, with `Connection: close`. Idle ones are closed;
-        new ones a moment later, for their request to arrive. `patience` is in seconds.
+        For DRAIN_DELAY all goes on, but /readyz says 503 and each reply `Connection: close`. Then
+        connections made before are still answered. Idle ones are closed; new ones a moment later,
+        for their request to arrive. `patience` is in seconds.
         """
-        self.draining, began = True, time.monotonic()
+        self.draining = True
+        time.sleep(self.settings.drain_delay)
+        began = time.monotonic()
         self.shutdown()
-        self.socket.setblocking(False)
         try:
-            while True:
+            while self.settings.listen_fd is None:  # else a successor accepts what is left
                 self.process_request(*self.get_request())
         except OSError:
-            self.server_close()
+            pass
+        self.server_close()
         while self.connections and time.monotonic() < began + patience:
             new = time.monotonic() < began + PARTING_SECONDS
-            for connection, handler in list(self.connections.items()):
+            for handler in list(self.connections.values()):
                 if handler and handler.idle and not (new and handler.record is None):
-                    with suppress(OSError):
-                        connection.shutdown(socket.SHUT_RD)  # what has arrived can still be read
+                    with suppress(OSError):  # below any TLS; what has arrived can still be read
+                        socket.socket.shutdown(handler.connection, socket.SHUT_RD)
             self.service_actions()
             time.sleep(SWEEP_SECONDS / 10)
         return not self.connections
@@ -1431,10 +2181,104 @@ def hung_up(descriptors):
     return [descriptor for descriptor, _ in poller.poll(0)]
 
 
-# == 9. main =======================================================================================
-# Exit status: 0 after a drain, 1 if the address cannot be had, 2 for a bad setting. Signals have no
-# handlers: they are blocked in all threads, and the main thread waits for them. (A handler may run
-# just before the thread goes to sleep, and the signal is lost.)
+# == 9. Processes ==================================================================================
+# With one worker, this process serves. With several, it forks them and only watches: it is the one
+# to signal. A worker that dies is replaced; one that dies within a second of its start would do so
+# for ever, so the service stops. Signals have no handlers: they are blocked in all threads, and the
+# main thread waits for them. (A handler may run just before the thread goes to sleep, and the
+# signal is lost.) A worker whose supervisor is gone stops as if it had been told to.
+
+STOP = {signal.SIGTERM, signal.SIGINT}
+CAN_WAIT = hasattr(signal, "sigwait")  # not on Windows: there Ctrl-C raises KeyboardInterrupt
+
+
+def awaited(settings):
+    """Return the signals to wait for; a closed terminal's SIGHUP ends what has no file to read."""
+    files = settings.api_keys_file or settings.backend_api_key_file or settings.tls_cert_file
+    return STOP | {signal.SIGHUP} if files or not os.isatty(0) else STOP
+
+
+def reload(server):
+    """Have the server read its files again; the old keys and certificate stay if it cannot."""
+    try:
+        server.reload()
+        if server.supervisor in (None, os.getpid()):
+            log("gateway.py: the keys and the certificate were read again")
+    except ValueError as error:
+        log(f"gateway.py: the old keys and certificate stay: {error}")
+
+
+def work(server):
+    """Serve until told to stop, and drain; return the exit status."""
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with suppress(KeyboardInterrupt):
+        while CAN_WAIT and signal.sigwait(awaited(server.settings)) not in STOP:
+            reload(server)
+        if not CAN_WAIT:
+            threading.Event().wait()
+    if CAN_WAIT and not server.supervisor:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)  # a second one ends at once
+    if not server.drain(server.settings.shutdown_timeout):
+        log(f"gateway.py: {len(server.connections)} connections were cut off; SHUTDOWN_TIMEOUT")
+    return 0
+
+
+def supervise(server):
+    """Keep WORKERS processes at work until told to stop; return the exit status.
+
+    They share the server's socket. A second signal to stop ends them at once.
+    """
+    workers, status, stopping, server.supervisor = {}, 0, False, os.getpid()
+
+    def start(number):
+        pid = os.fork()
+        if not pid:
+            code = 1
+            try:
+                server.metrics.attach(number)
+                code = work(server)
+            except BaseException:
+                log(f"internal error, worker {number}\n{traceback.format_exc()}")
+            os._exit(code)
+        workers[pid] = number, time.monotonic()
+        return pid
+
+    def tell_all(signum):
+        for pid in workers:
+            os.kill(pid, signum)  # those that have ended are zombies still
+
+    for number in range(server.settings.workers):
+        start(number)
+    while workers:
+        signum = signal.sigwait(awaited(server.settings) | {signal.SIGCHLD})
+        if signum in STOP:
+            server.server_close()
+            tell_all(signal.SIGKILL if stopping else signal.SIGTERM)
+            stopping = True
+        elif signum != signal.SIGCHLD:
+            reload(server)  # for those that are started later
+            tell_all(signum)
+        for pid, (number, started) in list(workers.items()):
+            ended, code = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                del workers[pid]
+            if not ended or stopping:
+                continue
+            code = os.waitstatus_to_exitcode(code)
+            how = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+            if time.monotonic() < started + 1:
+                log(f"worker {number} (pid {pid}) {how} within a second of its start; stopping")
+                status, stopping = 3, True
+                server.server_close()
+                tell_all(signal.SIGTERM)
+            else:
+                log(f"worker {number} (pid {pid}) {how}; pid {start(number)} replaces it")
+    return status
+
+
+# == 10. main ======================================================================================
+# Exit status: 0 after a drain, 1 if the address cannot be had, 2 for a bad setting, 3 if a worker
+# died at its start.
 
 
 def prepare_descriptors():
@@ -1454,43 +2298,41 @@ def prepare_descriptors():
 def start_up_line(server):
     """Return the line that says where the gateway listens and what it does; it holds no secret."""
     host, port = server.server_address[:2]
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    line = f"gateway.py {__version__} listening on {address}"
+    address = f"{server.scheme.decode()}://{f'[{host}]' if ':' in host else host}:{port}"
+    line, workers = f"gateway.py {__version__} listening on {address}", server.settings.workers
+    line += f" with {workers} workers" if workers > 1 else ""
     if not server.backends:
         here = address.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
         return f"{line} in echo mode; try: {EXAMPLE.replace('http://127.0.0.1:8080', here)}"
-    backend = server.backends.backend
-    try:
-        proxy = proxy_for(backend.scheme, backend.host)
-        by = f" by the proxy {proxy.netloc.rpartition('@')[2]}" if proxy else ""
-    except ValueError:
-        by = f" by a proxy whose address in {backend.scheme.upper()}_PROXY is wrong"
-    return f"{line}, forwarding to {backend.url}{by}"
+    places = []
+    for backend in server.backends.all:
+        try:
+            proxy = proxy_for(backend.scheme, backend.host)
+            by = f" by the proxy {proxy.netloc.rpartition('@')[2]}" if proxy else ""
+        except ValueError:
+            by = f" by a proxy whose address in {backend.scheme.upper()}_PROXY is wrong"
+        places.append(backend.url + by)
+    return f"{line}, forwarding to {', '.join(places)}"
 
 
 def main():
     """Run the gateway until SIGTERM or SIGINT; return the exit status."""
-    settings, stop = read_settings(sys.argv[1:], os.environ), {signal.SIGTERM, signal.SIGINT}
-    if can_wait := hasattr(signal, "sigwait"):  # not on Windows: there Ctrl-C raises
+    settings = read_settings(sys.argv[1:], os.environ)
+    if CAN_WAIT:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_BLOCK, stop)
+        signal.pthread_sigmask(signal.SIG_BLOCK, awaited(settings) | {signal.SIGCHLD})
     prepare_descriptors()
     threading.stack_size(STACK_BYTES)
     try:
         server = Server(settings)
     except (OSError, ValueError) as error:
-        log(f"gateway.py: cannot listen on {printable(settings.host)} port {settings.port}:"
+        where = f"{printable(settings.host)} port {settings.port}" if (
+            settings.listen_fd is None) else "the socket of LISTEN_FDS"
+        log(f"gateway.py: cannot listen on {where}:"
             f" {getattr(error, 'strerror', None) or error}; set HOST and PORT")
         return 1
     log(start_up_line(server))
-    threading.Thread(target=server.serve_forever, args=(SWEEP_SECONDS,), daemon=True).start()
-    with suppress(KeyboardInterrupt):
-        signal.sigwait(stop) if can_wait else threading.Event().wait()
-    if can_wait:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, stop)  # a second one ends at once
-    if not server.drain(settings.shutdown_timeout):
-        log(f"gateway.py: {len(server.connections)} connections were cut off; SHUTDOWN_TIMEOUT")
-    return 0
+    return supervise(server) if settings.workers > 1 else work(server)
 
 
 if __name__ == "__main__":

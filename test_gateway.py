@@ -320,7 +320,8 @@ def dead_address():
 @contextlib.contextmanager
 def serve(**knobs):
     """Run a gateway in this process, on a free port; yields its Server, which ends empty."""
-    argv = [f"--{name.replace('_', '-')}={value}" for name, value in {"port": 0, **knobs}.items()]
+    knobs = {"port": 0, "probe_interval": 0, **knobs}
+    argv = [f"--{name.replace('_', '-')}={value}" for name, value in knobs.items()]
     server = gateway.Server(gateway.read_settings(argv, {}))
     server.port = server.server_port
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
@@ -345,6 +346,7 @@ class Process:
     def __init__(self, *argv, script="gateway.py", python=(sys.executable,), **environ):
         kept = ("PATH", "HOME", "TMPDIR")
         clean = {name: os.environ[name] for name in kept if name in os.environ}
+        clean["PROBE_INTERVAL"] = "0"  # a played backend expects no probe
         self.process = subprocess.Popen(
             [*python, str(HERE / script), *argv], stdin=subprocess.DEVNULL, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**clean, **environ})
@@ -494,7 +496,7 @@ BAD_SETTINGS = {
     "PORT": ("abc", "99999", "-1", "8_0", " 80", "80\n80", "\u0663", "9" * 5000),
     "BACKEND_URL": (
         "localhost:8000", "127.0.0.1", "ftp://h/v1", "file:///etc", "http://", "http://h:99999",
-        "http://h:0x50", "http://[::1", "http://h/a b", "http://h?a=b", "http://h\n",
+        "http://h:0x50", "http://[::1", "http://h/a b", "http://h?a=b", "http://h\nx", "http://h,ftp://h", ",x",
         "http://user:s3cret@h/v1", "http://s3cret@h", "user:s3cret@h"),
     "CLIENT_TIMEOUT": ("nan", "0", "inf", "-1", "1e9"), "CONNECT_TIMEOUT": ("5s",),
     "BACKEND_TIMEOUT": ("0.0",), "SHUTDOWN_TIMEOUT": ("soon",), "MAX_CONNECTIONS": ("0",),
@@ -542,7 +544,11 @@ def test_flags_win_over_the_environment_and_that_over_the_default():
     assert {name: default for name, _, default, _ in KNOBS} == {
         "HOST": "127.0.0.1", "PORT": "8080", "BACKEND_URL": "", "MAX_BODY_BYTES": str(64 << 20),
         "MAX_CONNECTIONS": "2000", "CLIENT_TIMEOUT": "60", "CONNECT_TIMEOUT": "5",
-        "BACKEND_TIMEOUT": "600", "SHUTDOWN_TIMEOUT": "30", "LOG_FORMAT": "text"}
+        "BACKEND_TIMEOUT": "600", "SHUTDOWN_TIMEOUT": "30", "LOG_FORMAT": "text", "API_KEYS": "",
+        "API_KEYS_FILE": "", "BACKEND_API_KEY": "", "BACKEND_API_KEY_FILE": "", "ALLOW_OPEN": "0",
+        "MAX_CONCURRENT_REQUESTS": "0", "QUEUE_TIMEOUT": "0", "PROBE_INTERVAL": "10",
+        "DRAIN_DELAY": "0", "WORKERS": "1", "TLS_CERT_FILE": "", "TLS_KEY_FILE": "",
+        "CORS_ORIGINS": ""}
 
 
 def test_help_lists_every_knob_with_its_variable_its_default_and_a_sentence():
@@ -1128,8 +1134,8 @@ def test_200_clients_that_send_a_byte_at_a_time_delay_nobody():
 
 # -- 4. Observability ------------------------------------------------------------------------------
 
-RECORD = {"time": str, "request_id": str, "client": str, "method": str, "path": str, "status": int,
-          "model": str, "backend": str, "stream": bool, "bytes": int, "first_byte_ms": float,
+RECORD = {"time": str, "request_id": str, "trace_id": str, "client": str, "key": str,
+          "method": str, "path": str, "status": int, "model": str, "backend": str, "stream": bool, "bytes": int, "first_byte_ms": float,
           "duration_ms": float, "outcome": str}
 SECRETS = ("Authorization: Bearer s3cret", "X-Api-Key: s3cret", "Cookie: a=s3cret")
 
@@ -1147,7 +1153,8 @@ def test_a_line_of_the_log_has_every_field_and_no_secret(stream, log):
     assert 0 <= record["first_byte_ms"] <= record["duration_ms"]
     del record["time"], record["first_byte_ms"], record["duration_ms"]
     assert record == {
-        "request_id": "i", "client": "127.0.0.1", "method": "POST", "path": "/v1/chat/completions",
+        "request_id": "i", "trace_id": "-", "key": "-", "client": "127.0.0.1",
+        "method": "POST", "path": "/v1/chat/completions",
         "status": 200, "model": "m", "backend": "-", "stream": stream, "bytes": len(reply.body),
         "outcome": "ok"}
     with serve(log_format="text") as server:
@@ -1899,7 +1906,7 @@ def test_what_the_backend_sees_of_the_client():
         assert seen(backend).all("x-a") == ["1", "2"]
         ask(port, "GET", "/v1/models")
         assert {name for name, _ in seen(backend).fields} == {  # nothing else is invented
-            *map(str.lower, ours), "x-request-id"}
+            *map(str.lower, ours), "x-request-id", "via"}
         assert uuid.UUID(seen(backend).one("x-request-id")).version == 4
         ask(port, "GET", "/v1/models", b"", "X-Forwarded-For: 1.1.1.1", "X-Forwarded-For: 2.2.2.2")
         assert seen(backend).one("x-forwarded-for") == "1.1.1.1, 2.2.2.2, 127.0.0.1"
