@@ -32,6 +32,7 @@ import ipaddress
 import itertools
 import json
 import mmap
+import operator
 import os
 import re
 import select
@@ -425,11 +426,11 @@ ABSOLUTE = re.compile(rb"https?://([^/?#]*)(.*)", re.I)
 # The size line of a chunk, with the CR LF that ends the chunk before it; the trailers; and what is
 # a beginning of the one or of the other.
 CHUNK = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})(?:[ \t]*;%b)?\r\n" % VALUE)
+EMPTY_LINES = re.compile(rb"(?:\r\n)*+")
 TRAILERS = re.compile(rb"(?:%b:%b\r\n)*+\r\n" % (TOKEN, VALUE))
 CHUNK_BEGUN = (re.compile(rb"(?:\r(?:\n(?:[0-9A-Fa-f]{1,15}(?:[ \t]*(?:;%b)?)?\r?)?)?)?" % VALUE),
                re.compile(rb"(?:%b:%b\r\n)*+(?:%b(?::%b)?)?\r?" % (TOKEN, VALUE, TOKEN, VALUE)))
 LAST_EVENT = re.compile(rb"(?:^|[\r\n])data: ?\[DONE\]")
-EMPTY_LINES = re.compile(rb"(?:\r\n)*+")
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 TRACE = re.compile(rb"[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
 TOKENS = re.compile(rb'"(prompt|input|completion|output)_tokens"[ \t\r\n]*:[ \t\r\n]*([0-9]{1,15})')
@@ -471,20 +472,20 @@ def parse_head(head, drop):
     if block.count(b"\r\n") > MAX_FIELDS:
         raise Malformed(f"a head may have {MAX_FIELDS} fields; send fewer", 431,
                         "request_header_fields_too_large")
-    named = tokens(index.get(b"connection", b"")) - {b"close", b"keep-alive"}
-    if named:
+    if b"connection" in index:
+        named = tokens(index[b"connection"]) - {b"close", b"keep-alive"}
         lines = [line for line in lines if line.partition(b":")[0].lower() not in named]
     return start, index, lines
 
 
 def tokens(value):
     """Return the lower-case tokens of a comma-separated field as a set."""
-    return {token.strip(b" \t") for token in value.lower().split(b",")} if value else frozenset()
+    return {token.strip(b" \t") for token in value.lower().split(b",")}
 
 
 def is_persistent(index, minor):
     """Tell whether the sender of this head keeps the connection open after its message (9.3)."""
-    options = tokens(index.get(b"connection"))
+    options = tokens(index[b"connection"]) if b"connection" in index else ()
     return b"close" not in options and (minor == 1 or b"keep-alive" in options)
 
 
@@ -703,13 +704,16 @@ FAMILIES = {  # name: (type, help, labels, upper bounds of the buckets)
         "histogram", "From a forwarded request's last byte to its reply's first, less the waiting"
         " for the backend and for its turn.", (), OVERHEAD),
     "gateway_build_info": ("gauge", "1, with the gateway's version.", ("version",), ())}
-OPERATIONS = {"/v1/chat/completions": "chat", "/v1/completions": "text_completion",
-              "/v1/embeddings": "embeddings"}
 REPEATABLE = frozenset("/v1/" + name for name in (  # POSTs that change nothing on the backend
     "chat/completions", "completions", "embeddings", "moderations", "rerank", "score", "classify",
     "tokenize", "detokenize", "audio/speech", "audio/transcriptions", "audio/translations"))
+OPERATIONS = dict.fromkeys(REPEATABLE, "other") | {
+    "/v1/chat/completions": "chat", "/v1/completions": "text_completion",
+    "/v1/embeddings": "embeddings", "/v1/responses": "chat", "/v1/messages": "chat"}
+PLAIN = re.compile(r"[!#-\[\]-~]+")
 STATUSES = frozenset((499, *HTTPStatus))
-SLOT_BYTES, ROW_SLOTS = 512, 1500  # of a series, at most; of a worker: of its pages, few are used
+NAME_CELLS, SLOT_CELLS, ROW_SLOTS = 38, 64, 1500  # cells are 8 bytes; most pages are never used
+SUM = SLOT_CELLS - NAME_CELLS - 1  # where a histogram's sum is, behind its buckets
 
 
 def log(line):
@@ -721,7 +725,7 @@ def log(line):
 def printable(text):
     """Return at most 100 characters of `text`, as a JSON string if it is not plain ASCII words."""
     text = text[:100]
-    return text if re.fullmatch(r"[!#-\[\]-~]+", text) else json.dumps(text)
+    return text if PLAIN.fullmatch(text) else json.dumps(text)
 
 
 class Record:
@@ -749,16 +753,18 @@ class Record:
 
     def line(self, form):
         """End the record and return its line for the log."""
-        now, self.duration_ms = time.time(), round((time.monotonic() - self.began) * 1000, 2)
-        self.first_byte_ms = self.first and round((self.first - self.began) * 1000, 2)
+        now, self.duration_ms = time.time(), (time.monotonic() - self.began) * 1000
+        self.first_byte_ms = self.first and (self.first - self.began) * 1000
         if Record._second[0] != int(now):
             Record._second = int(now), time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
         self.method, self.path = self.method[:32], self.path[:256]  # one write to a pipe: 4,096
         self.time = f"{Record._second[1]}.{int(now % 1 * 1000):03}Z"
         if form == "json":
-            return json.dumps({name: getattr(self, name) for name in self.LOGGED})
-        first = "-" if self.first is None else f"{self.first_byte_ms}ms"
-        return (f"{self.time} {self.status} {self.method} {self.path} {self.duration_ms}ms"
+            fields = {name: getattr(self, name) for name in self.LOGGED}
+            return json.dumps({name: round(value, 2) if isinstance(value, float) else value
+                               for name, value in fields.items()})
+        first = "-" if self.first is None else f"{self.first_byte_ms:.2f}ms"
+        return (f"{self.time} {self.status} {self.method} {self.path} {self.duration_ms:.2f}ms"
                 f" first={first} bytes={self.bytes} stream={'yes' if self.stream else 'no'}"
                 f" model={self.model} backend={self.backend} client={self.client}"
                 f" key={self.key} id={self.request_id} {self.outcome}")
@@ -767,19 +773,20 @@ class Record:
 class Metrics:
     """The counters of all workers: a row of slots for each in one mapping, made before the fork.
 
-    A slot is a series and its value. Invariant: a worker writes to its own row alone, under `lock`;
-    any reads all. Who takes a dead worker's place goes on in its row: no counter goes back.
+    A slot is a series, as text, and its values: one, or a histogram's buckets and its sum.
+    Invariant: a worker writes to its own row alone, under `lock`; any reads all. Who takes a dead
+    worker's place goes on in its row: no counter goes back.
     """
 
     def __init__(self, workers):
-        self._map = mmap.mmap(-1, workers * ROW_SLOTS * SLOT_BYTES)
-        self._values, self.lock = memoryview(self._map).cast("d"), threading.Lock()
+        self._map = mmap.mmap(-1, workers * ROW_SLOTS * SLOT_CELLS * 8)
+        self._cells, self.lock = memoryview(self._map).cast("d"), threading.Lock()
         self.attach(0)
 
     def attach(self, worker):
         """Go on in the row of this worker, with its gauges at 0."""
         self._row = worker * ROW_SLOTS
-        self._slots = {series: slot for slot, series in self._series(self._row)}
+        self._starts = {series: start for series, start in self._series(self._row)}
         for name, (kind, _, labels, _) in FAMILIES.items():
             if kind != "histogram" and not labels:
                 self.add(0, name)
@@ -787,41 +794,40 @@ class Metrics:
                     self.set(0, name)
 
     def _series(self, slot):
-        """Yield the slots that are in use from this one on, with their series."""
-        while slot % ROW_SLOTS < ROW_SLOTS - 1 and self._map[slot * SLOT_BYTES]:
-            text = self._map[slot * SLOT_BYTES:(slot + 1) * SLOT_BYTES - 8].rstrip(b"\0")
-            yield slot, tuple(text.decode().split("\t"))
-            slot += 1
+        """Yield the series of a row, each with the index of its first value."""
+        for slot in range(slot, slot + ROW_SLOTS - 1):
+            at = slot * SLOT_CELLS * 8
+            name = self._map[at:at + NAME_CELLS * 8].rstrip(b"\0")
+            if not name:
+                return
+            yield tuple(name.decode().split("\t")), slot * SLOT_CELLS + NAME_CELLS
 
-    def _cell(self, series):
-        """Return the index of a series' value; a new one gets a slot."""
-        slot = self._slots.get(series)
-        if slot is None:
-            slot = self._row + min(len(self._slots), ROW_SLOTS - 1)  # the last one is never read
-            name, start = "\t".join(series).encode()[:SLOT_BYTES - 8], slot * SLOT_BYTES
-            self._map[start + 1:start + len(name)] = name[1:]
-            self._map[start] = name[0]  # from here on others see it
-            self._slots[series] = slot
-        return slot * (SLOT_BYTES // 8) + SLOT_BYTES // 8 - 1
+    def _start(self, series):
+        """Give a new series a slot, and return the index of its first value."""
+        slot = self._row + min(len(self._starts), ROW_SLOTS - 1)  # the last one is never read
+        name, at = "\t".join(series).encode()[:NAME_CELLS * 8], slot * SLOT_CELLS * 8
+        self._map[at + 1:at + len(name)] = name[1:]
+        self._map[at] = name[0]  # from here on others see it
+        self._starts[series] = slot * SLOT_CELLS + NAME_CELLS
+        return self._starts[series]
 
     def add(self, amount, *series):
         """Add to a series: a family, and a text for each label. Hold the lock."""
-        self._values[self._cell(series)] += amount
+        self._cells[self._starts.get(series) or self._start(series)] += amount
 
     def set(self, value, *series):
         """Set a gauge."""
-        self._values[self._cell(series)] = value
+        self._cells[self._starts.get(series) or self._start(series)] = value
 
     def observe(self, value, *series):
-        """Add a value to a histogram: slots are its buckets, and its sum. Hold the lock."""
-        bounds = FAMILIES[series[0]][3]
-        at = bisect_left(bounds, value)
-        self.add(1, *series, str(bounds[at]) if at < len(bounds) else "+Inf")
-        self.add(value, *series, "sum")
+        """Add a value to a histogram. Hold the lock."""
+        start = self._starts.get(series) or self._start(series)
+        self._cells[start + bisect_left(FAMILIES[series[0]][3], value)] += 1
+        self._cells[start + SUM] += value
 
     def count(self, record):
         """Count a request that has ended."""
-        status = str(int(record.status)) if record.status in STATUSES else "other"
+        status = str(record.status) if record.status in STATUSES else "other"
         with self.lock:
             self.add(1, "gateway_requests_total", status, record.result)
             if record.result == "client_closed":
@@ -831,9 +837,9 @@ class Metrics:
             if record.first and record.asked:
                 self.observe(record.first - record.asked - record.waited,
                              "gateway_overhead_seconds")
-            if record.method != "POST" or record.path not in REPEATABLE:
+            if record.method != "POST" or record.path not in OPERATIONS:
                 return
-            operation = OPERATIONS.get(record.path, "other")
+            operation = OPERATIONS[record.path]
             self.observe(record.duration_ms / 1000, "gen_ai_server_request_duration_seconds",
                          operation)
             if record.stream and record.first_piece and record.status == 200:
@@ -846,31 +852,31 @@ class Metrics:
     def render(self, more):
         """Return Prometheus' text format 0.0.4 of the sums over all workers, and of `more`."""
         sums = {name: {} for name in FAMILIES}
-        for row in range(0, len(self._values) * 8 // SLOT_BYTES, ROW_SLOTS):
-            for slot, (name, *labels) in self._series(row):
-                values, value = sums[name], self._values[(slot + 1) * (SLOT_BYTES // 8) - 1]
-                values[tuple(labels)] = values.get(tuple(labels), 0) + value
+        for row in range(0, len(self._cells) // SLOT_CELLS, ROW_SLOTS):
+            for (name, *labels), start in self._series(row):
+                values = self._cells[start:start + SUM + 1]
+                before = sums[name].get(tuple(labels), [0] * len(values))
+                sums[name][tuple(labels)] = list(map(operator.add, before, values))
         for (name, *labels), value in more.items():
-            sums[name][tuple(labels)] = value
+            sums[name][tuple(labels)] = [value]
         lines = []
         for name, (kind, text, labels, bounds) in FAMILIES.items():
             lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
-            if kind != "histogram":
-                lines += [sample(name, labels, key, sums[name][key]) for key in sorted(sums[name])]
-                continue
-            for key in sorted({tuple(key[:-1]) for key in sums[name]}):
-                total = 0
-                for bound in (*map(str, bounds), "+Inf"):
-                    total += sums[name].get((*key, bound), 0)
-                    lines.append(sample(name + "_bucket", (*labels, "le"), (*key, bound), total))
-                lines.append(sample(name + "_sum", labels, key, sums[name].get((*key, "sum"), 0)))
-                lines.append(sample(name + "_count", labels, key, total))
+            for key, values in sorted(sums[name].items()):
+                if kind != "histogram":
+                    lines.append(sample(name, labels, key, values[0]))
+                    continue
+                counts = list(itertools.accumulate(values[:len(bounds) + 1]))
+                for bound, total in zip((*bounds, "+Inf"), counts):
+                    lines.append(sample(f"{name}_bucket", (*labels, "le"), (*key, bound), total))
+                lines.append(sample(f"{name}_sum", labels, key, values[SUM]))
+                lines.append(sample(f"{name}_count", labels, key, counts[-1]))
         return "\n".join([*lines, ""]).encode()
 
 
 def sample(name, labels, values, value):
     """Return one line of Prometheus' text format."""
-    quoted = (text.replace("\\", r"\\").replace('"', r'\"') for text in values)
+    quoted = (str(text).replace("\\", r"\\").replace('"', r'\"') for text in values)
     pairs = ",".join(f'{label}="{text}"' for label, text in zip(labels, quoted))
     return f"{name}{{{pairs}}} {value:.12g}" if pairs else f"{name} {value:.12g}"
 
@@ -1567,7 +1573,8 @@ class Handler(BaseHTTPRequestHandler):
         deadline = time.monotonic() + self.settings.client_timeout
         try:
             while True:
-                self.buffer = self.buffer[EMPTY_LINES.match(self.buffer).end():]
+                if self.buffer[:2] == b"\r\n":
+                    self.buffer = self.buffer[EMPTY_LINES.match(self.buffer).end():]
                 if self.buffer not in (b"", b"\r"):
                     return True
                 self.idle = True
@@ -1637,9 +1644,14 @@ class Handler(BaseHTTPRequestHandler):
         100 Continue goes out here (RFC 9110, 10.1.1), for by now the request is one to be answered.
         The deadline moves with what has come: a slow line is served, a stalled one is not.
         """
-        limit, began, body = self.settings.max_body_bytes, time.monotonic(), Body(self.length)
-        if self.length > limit:
+        limit, length = self.settings.max_body_bytes, self.length
+        if length > limit:
             raise TooLarge(limit)
+        if 0 <= length <= len(self.buffer):  # it came with the head, as most do
+            body, self.buffer = self.buffer[:length], self.buffer[length:]
+            self.length, self.expects = 0, False
+            return body
+        began, body = time.monotonic(), Body(length)
         if self.expects and self.length and not self.buffer:
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         pieces, received, data = [], 0, self.buffer

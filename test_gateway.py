@@ -496,7 +496,8 @@ BAD_SETTINGS = {
     "PORT": ("abc", "99999", "-1", "8_0", " 80", "80\n80", "\u0663", "9" * 5000),
     "BACKEND_URL": (
         "localhost:8000", "127.0.0.1", "ftp://h/v1", "file:///etc", "http://", "http://h:99999",
-        "http://h:0x50", "http://[::1", "http://h/a b", "http://h?a=b", "http://h\nx", "http://h,ftp://h", ",x",
+        "http://h:0x50", "http://[::1", "http://h/a b", "http://h?a=b", "http://h\nx",
+        "http://h,ftp://h", ",x",
         "http://user:s3cret@h/v1", "http://s3cret@h", "user:s3cret@h"),
     "CLIENT_TIMEOUT": ("nan", "0", "inf", "-1", "1e9"), "CONNECT_TIMEOUT": ("5s",),
     "BACKEND_TIMEOUT": ("0.0",), "SHUTDOWN_TIMEOUT": ("soon",), "MAX_CONNECTIONS": ("0",),
@@ -1135,8 +1136,8 @@ def test_200_clients_that_send_a_byte_at_a_time_delay_nobody():
 # -- 4. Observability ------------------------------------------------------------------------------
 
 RECORD = {"time": str, "request_id": str, "trace_id": str, "client": str, "key": str,
-          "method": str, "path": str, "status": int, "model": str, "backend": str, "stream": bool, "bytes": int, "first_byte_ms": float,
-          "duration_ms": float, "outcome": str}
+          "method": str, "path": str, "status": int, "model": str, "backend": str, "stream": bool,
+          "bytes": int, "first_byte_ms": float, "duration_ms": float, "outcome": str}
 SECRETS = ("Authorization: Bearer s3cret", "X-Api-Key: s3cret", "Cookie: a=s3cret")
 
 
