@@ -141,8 +141,8 @@ def origin(text):
 
 def named_keys(text):
     """Parse keys, one a comma or a line, to (name, key) pairs; raises if there is none."""
-    items = [item.strip() for item in re.split("[,\n]", text)]
-    matches = [KEY.fullmatch(item) for item in items if item and item[0] != "#"]
+    lines = (line.split(",") for line in text.split("\n") if line.lstrip()[:1] != "#")
+    matches = [KEY.fullmatch(item.strip()) for line in lines for item in line if item.strip()]
     if text and not (matches and all(matches)):
         raise refused("keys are of visible ASCII characters: KEY or NAME=KEY, at least one")
     return [(m[1] or f"key{i}", m[2].encode()) for i, m in enumerate(matches, 1)]
@@ -432,9 +432,12 @@ CHUNK_BEGUN = (re.compile(rb"(?:\r(?:\n(?:[0-9A-Fa-f]{1,15}(?:[ \t]*(?:;%b)?)?\r
                re.compile(rb"(?:%b:%b\r\n)*+(?:%b(?::%b)?)?\r?" % (TOKEN, VALUE, TOKEN, VALUE)))
 LAST_EVENT = re.compile(rb"(?:^|[\r\n])data: ?\[DONE\]")
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")
-TRACE = re.compile(rb"[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
-TOKENS = re.compile(rb'"(prompt|input|completion|output)_tokens"[ \t\r\n]*:[ \t\r\n]*([0-9]{1,15})')
-FORM_MODEL = re.compile(rb'name="?model"?\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,256})\r\n')
+TRACE = re.compile(rb"(?!ff|00.{54})[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}"
+                   rb"-[0-9a-f]{2}(?:-.*)?")  # W3C Trace Context, 3.2.2
+USAGE = re.compile(rb'"usage"[ \t\r\n]*:[ \t\r\n]*\{')
+TOKENS = re.compile(rb'"(prompt|input|completion|output)_tokens"[ \t\r\n]*:[ \t\r\n]*'
+                    rb"([0-9]{1,15})(?![0-9.eE])")
+FORM_MODEL = re.compile(rb'[; ]name="?model"?\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,256})\r\n')
 REQUEST_ID_LINE = re.compile(rb"(?im)^(x-request-id|request-id):[ \t]*([!-~]{1,128})[ \t]*\r?$")
 
 
@@ -616,8 +619,10 @@ def token_usage(data):
 
     Inside a JSON string its quotes would be escaped: a model cannot write one into its text.
     """
-    start = data.rfind(b'"usage"')
-    found = dict(TOKENS.findall(data, start, start + 2000)) if start >= 0 else {}
+    at = len(data)
+    while (at := data.rfind(b'"usage"', 0, at)) >= 0 and not USAGE.match(data, at):
+        pass
+    found = dict(TOKENS.findall(data, at, at + 2000)) if at >= 0 else {}
     return tuple(int(found[a]) if a in found else int(found[b]) if b in found else None
                  for a, b in ((b"prompt", b"input"), (b"completion", b"output")))
 
@@ -896,6 +901,7 @@ RECEIVE_BYTES = 65_536  # one read; larger ones cost more to allocate than they 
 MAX_BACK_OFF = 30        # seconds, doubled from 1, that a failing backend is left alone
 MAX_RETRY_AFTER = 300    # seconds that a backend may ask for
 MAX_HELD_BYTES = 4 << 20  # of a list of models, or an answer that is held while another is asked
+HOLD_SECONDS = 1          # for such an answer to come: the other backend is waiting
 BUSY = frozenset((502, 503, 504))  # the backend, or one behind it, cannot answer now: another may
 
 
@@ -1015,10 +1021,16 @@ class Response:
         """The body is whole: keep the link if nothing else is on it."""
         (self._pool.keep if at_boundary and self._persistent else self._pool.drop)(self._request)
 
-    def read(self):
-        """Return the body of a short response, and hold it; raises like pieces()."""
+    def read(self, patience=None):
+        """Return the body of a short response, and hold it; raises like pieces().
+
+        With `patience`, in seconds, no receive takes longer, and the link is not used again.
+        """
         if not self.whole:
             pieces, size = [], 0
+            if patience:
+                set_timeouts(self._request.link.sock, patience, patience)
+                self._persistent = False
             for piece in self.pieces():
                 pieces.append(piece)
                 size += len(piece)
@@ -1257,13 +1269,14 @@ class Backends:
                 continue
             except Broken as error:
                 answer = error
-            last, only_free, record.backend = answer, True, backend.url
-            failed = isinstance(answer, Broken) or answer.status in BUSY or answer.status == 429
-            backend = self._choose(request, tried, True) if failed and again else None
-            again = False
+            last, record.backend = answer, backend.url
+            only_free = isinstance(answer, Response) and answer.status == 429
+            failed = isinstance(answer, Broken) or answer.status in BUSY or only_free
+            retry, again = failed and again, False
+            backend = self._choose(request, tried, only_free) if retry else None
             if backend and isinstance(answer, Response):
                 try:
-                    answer.read()
+                    answer.read(HOLD_SECONDS)
                 except APIError as error:
                     last = error
         if isinstance(last, Response):
@@ -1304,7 +1317,7 @@ class Backends:
             if answer.status in BUSY:
                 wait = answer.index.get(b"retry-after", b"") if answer.status == 503 else b""
                 self.failed(backend, f"it answered {answer.status}", True,
-                            min(int(wait), MAX_RETRY_AFTER) if wait.isdigit() else 0)
+                            min(int(wait[:9]), MAX_RETRY_AFTER) if wait.isdigit() else 0)
             elif not backend.up:
                 self.succeeded(backend)
             return answer
@@ -1369,7 +1382,9 @@ class Backends:
             models = None
             with suppress(APIError, AttributeError, KeyError, TypeError):  # it is no such list
                 if answer.status == 200:
-                    models = {card["id"]: card for card in parse_json(answer.read())["data"]}
+                    models = {card["id"]: {"id": card["id"], "object": "model", "created": 0,
+                                           "owned_by": "backend"} | card
+                              for card in parse_json(answer.read())["data"]}
             backend.models = models
             if not (backend.held and time.monotonic() < backend.retry_at):
                 self.succeeded(backend)
@@ -1516,9 +1531,12 @@ class Handler(BaseHTTPRequestHandler):
                 self.connection = self.server.tls.wrap_socket(
                     self.request, server_side=True, do_handshake_on_connect=False)
                 self.connection.settimeout(self.settings.client_timeout)
+                self.idle = True
                 self.connection.do_handshake()
             except OSError:
                 return
+            finally:
+                self.idle = False
         super().handle()
 
     def finish(self):
@@ -2025,10 +2043,11 @@ class Server(ThreadingHTTPServer):
         self.admission = Admission(settings.max_concurrent_requests, settings.queue_timeout)
         self.paths = OWN_PATHS if self.backends else OWN_PATHS | ECHO_PATHS
         self.reload()
-        self.address_family = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+        self.date, self.next_sweep = b"", 0.0  # no sweep yet: its threads would not be forked
+        if settings.listen_fd is None:
+            self.address_family = socket.getaddrinfo(settings.host, settings.port, flags=(
+                socket.AI_PASSIVE), type=socket.SOCK_STREAM)[0][0]
         super().__init__((settings.host, settings.port), Handler)
-        self.sweep()
 
     def reload(self):
         """Read the keys and the certificate, also again; raises ValueError, and changes nothing."""
@@ -2266,7 +2285,7 @@ def supervise(server):
         if signum in STOP:
             server.server_close()
             tell_all(signal.SIGKILL if stopping else signal.SIGTERM)
-            stopping = True
+            status, stopping = 128 + signum if stopping else 0, True
         elif signum != signal.SIGCHLD:
             reload(server)  # for those that are started later
             tell_all(signum)
