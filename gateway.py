@@ -802,17 +802,18 @@ class Metrics:
         """Yield the series of a row, each with the index of its first value."""
         for slot in range(slot, slot + ROW_SLOTS - 1):
             at = slot * SLOT_CELLS * 8
-            name = self._map[at:at + NAME_CELLS * 8].rstrip(b"\0")
-            if not name:
+            if not self._map[at]:
                 return
-            yield tuple(name.decode().split("\t")), slot * SLOT_CELLS + NAME_CELLS
+            name = self._map[at:at + NAME_CELLS * 8].rstrip(b"\0").decode()
+            yield tuple(name.split("\t")), slot * SLOT_CELLS + NAME_CELLS
 
     def _start(self, series):
         """Give a new series a slot, and return the index of its first value."""
         slot = self._row + min(len(self._starts), ROW_SLOTS - 1)  # the last one is never read
-        name, at = "\t".join(series).encode()[:NAME_CELLS * 8], slot * SLOT_CELLS * 8
-        self._map[at + 1:at + len(name)] = name[1:]
-        self._map[at] = name[0]  # from here on others see it
+        size, at = NAME_CELLS * 8, slot * SLOT_CELLS * 8
+        name = "\t".join(series).encode()[:size].ljust(size, b"\0")
+        self._map[at + 1:at + size] = name[1:]
+        self._map[at] = name[0]  # from here on it is seen, also by others
         self._starts[series] = slot * SLOT_CELLS + NAME_CELLS
         return self._starts[series]
 
@@ -1364,7 +1365,10 @@ class Backends:
             now = time.monotonic()
             if self._interval and now >= backend.probe_at and not backend.probing:
                 backend.probing, backend.probe_at = True, now + self._interval
-                start_new_thread(self._probe, (backend,))
+                try:
+                    start_new_thread(self._probe, (backend,))
+                except RuntimeError:  # the system has no thread left
+                    backend.probing = False
 
     def _probe(self, backend):
         """Ask a backend which models it serves, and so whether it is up.
@@ -1513,13 +1517,13 @@ class Handler(BaseHTTPRequestHandler):
     """Serves one client's connection.
 
     Invariant: `buffer` holds what came and was not used; `forwarding` is the BackendRequest under
-    way, which Server.sweep cancels if the client has gone.
+    way, which Server.sweep cancels if the client has gone, unless we are `deaf` to that.
     """
 
     def setup(self):
         self.settings, self.connection = self.server.settings, self.request
         self.buffer, self.patience, self.record, self.forwarding = b"", 0, None, None
-        self.idle, self.length = False, 0
+        self.idle, self.deaf, self.length = False, False, 0
         self.server.connections[self.connection] = self
         with suppress(OSError):  # it may be reset already
             self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -1745,6 +1749,8 @@ class Handler(BaseHTTPRequestHandler):
         """Answer a chat completion request by ourselves."""
         echo = Echo(asked, self.record.request_id)
         self.record.model, self.record.stream = printable(echo.model), bool(asked.get("stream"))
+        if echo.with_usage or not self.record.stream:
+            self.record.usage = tuple(echo.usage.values())[:2]
         if not self.record.stream:
             return self.reply(200, echo.completion())
         self.begin(200, b"OK", [EVENT_TYPE, *UNBUFFERED.values(), self.server.date], UNTIL_CLOSE)
@@ -2109,12 +2115,13 @@ class Server(ThreadingHTTPServer):
                 self.connections.pop(request)
         body = APIError(503, "too_many_connections", "the gateway has no room for one more"
                         " connection; try again, or raise MAX_CONNECTIONS").body()
+        head = (f"HTTP/1.1 503 Service Unavailable\r\n{self.date.decode()}\r\nRetry-After: 1\r\n"
+                f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+                f"X-Request-ID: {uuid.uuid4()}\r\nConnection: close\r\n\r\n")
         with suppress(OSError):
             request.setblocking(False)
-            request.send(b"HTTP/1.1 503 Service Unavailable\r\n%b\r\n%bContent-Length: %d\r\n"
-                         b"X-Request-ID: %b\r\nRetry-After: 1\r\nConnection: close\r\n\r\n%b" % (
-                             JSON_TYPE, self.date + b"\r\n", len(body),
-                             str(uuid.uuid4()).encode(), body))
+            if not self.tls:  # no handshake is done here
+                request.send(head.encode() + body)
             request.shutdown(socket.SHUT_WR)
         self.parting.append((time.monotonic() + PARTING_SECONDS, request))
 
@@ -2138,7 +2145,8 @@ class Server(ThreadingHTTPServer):
         self.next_sweep = time.monotonic() + SWEEP_SECONDS
         self.date, forwarding = f"Date: {formatdate(usegmt=True)}".encode(), {}
         for handler in list(self.connections.values()):
-            if handler and (request := handler.forwarding) and not request.cancelled:
+            if handler and not handler.deaf and (
+                    (request := handler.forwarding) and not request.cancelled):
                 forwarding[handler.connection.fileno()] = request
         for descriptor in hung_up(forwarding):
             self.backends.pool.cancel(forwarding[descriptor])
@@ -2191,6 +2199,7 @@ class Server(ThreadingHTTPServer):
             new = time.monotonic() < began + PARTING_SECONDS
             for handler in list(self.connections.values()):
                 if handler and handler.idle and not (new and handler.record is None):
+                    handler.deaf = True  # to poll() this looks as if the client had left
                     with suppress(OSError):  # below any TLS; what has arrived can still be read
                         socket.socket.shutdown(handler.connection, socket.SHUT_RD)
             self.service_actions()
