@@ -858,13 +858,15 @@ class Metrics:
     def render(self, more):
         """Return Prometheus' text format 0.0.4 of the sums over all workers, and of `more`."""
         sums = {name: {} for name in FAMILIES}
+        for name, values in more.items():
+            sums[name] = {labels: [value] for labels, value in values.items()}
         for row in range(0, len(self._cells) // SLOT_CELLS, ROW_SLOTS):
             for (name, *labels), start in self._series(row):
-                values = self._cells[start:start + SUM + 1]
-                before = sums[name].get(tuple(labels), [0] * len(values))
-                sums[name][tuple(labels)] = list(map(operator.add, before, values))
-        for (name, *labels), value in more.items():
-            sums[name][tuple(labels)] = [value]
+                end = start + (SUM + 1 if FAMILIES[name][3] else 1)
+                values, labels = self._cells[start:end].tolist(), tuple(labels)
+                if labels in sums[name]:
+                    values = list(map(operator.add, sums[name][labels], values))
+                sums[name][labels] = values
         lines = []
         for name, (kind, text, labels, bounds) in FAMILIES.items():
             lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
@@ -1296,7 +1298,8 @@ class Backends:
         now, model = time.monotonic(), request.model
         with self._lock:
             left = self.all if model is None else [
-                b for b in self.all if b.models is None or model in b.models] or self.all
+                b for b in self.all
+                if (b.up if b.models is None else model in b.models)] or self.all
             left = [b for b in left if b not in tried and (not only_free or b.is_free(now))]
             if not left:
                 return None
@@ -1389,7 +1392,7 @@ class Backends:
                     models = {card["id"]: {"id": card["id"], "object": "model", "created": 0,
                                            "owned_by": "backend"} | card
                               for card in parse_json(answer.read())["data"]}
-            backend.models = models
+            backend.models = backend.models if models is None else models
             if not (backend.held and time.monotonic() < backend.retry_at):
                 self.succeeded(backend)
         except APIError as error:
@@ -2166,9 +2169,9 @@ class Server(ThreadingHTTPServer):
                          if handler and handler.forwarding)
         self.metrics.set(max(forwarding - waiting, 0), "gateway_requests_in_flight")
         self.metrics.set(waiting, "gateway_queue_depth")
-        return {("gateway_build_info", __version__): 1} | {
-            ("gateway_backend_up", backend.url): backend.up
-            for backend in (self.backends.all if self.backends else ())}
+        backends = self.backends.all if self.backends else ()
+        return {"gateway_build_info": {(__version__,): 1},
+                "gateway_backend_up": {(backend.url,): backend.up for backend in backends}}
 
     def readiness(self):
         """Return the status and the JSON of /readyz."""
