@@ -69,7 +69,8 @@ if sys.version_info < (3, 13):
 # default; an empty variable counts as unset. All three go through the same parser. No error repeats
 # a text that may be a secret.
 
-KEY = re.compile(r"(?:([A-Za-z0-9_.-]{1,64})=(?==*[^=]))?([!-~]+)")  # "abc==" has no name
+# "abc==" has no name; "name=" would be a key that is easily guessed, where a variable was empty.
+KEY = re.compile(r"(?![A-Za-z0-9_.-]+=$)(?:([A-Za-z0-9_.-]{1,64})=(?==*[^=]))?([!-~]+)")
 
 
 def refused(message):
@@ -1299,7 +1300,7 @@ class Backends:
         with self._lock:
             left = self.all if model is None else [
                 b for b in self.all
-                if (b.up if b.models is None else model in b.models)] or self.all
+                if (b.is_free(now) if b.models is None else model in b.models)] or self.all
             left = [b for b in left if b not in tried and (not only_free or b.is_free(now))]
             if not left:
                 return None
@@ -1553,16 +1554,17 @@ class Handler(BaseHTTPRequestHandler):
         no more comes, and discard for a while what it sends.
         """
         deadline = time.monotonic() + LINGER_SECONDS
-        with suppress(APIError, OSError):
-            if self.length:
-                self.connection.shutdown(socket.SHUT_WR)
-                while self.receive(deadline):
-                    pass
         if self.connection is not self.request:
-            with suppress(OSError, ValueError):  # say that this is the end (RFC 8446, 6.1)
+            with suppress(OSError, ValueError):  # tell TLS that this is the end (RFC 8446, 6.1)
+                self.patience = 0
                 self.connection.settimeout(0)
                 self.connection.unwrap()
-            self.connection.close()
+        with suppress(APIError, OSError):
+            if self.length:
+                self.connection.shutdown(socket.SHUT_WR)  # of TLS too: what comes is discarded
+                while self.receive(deadline):
+                    pass
+        self.connection.close()
 
     def handle_one_request(self):
         """Serve one request. Whatever happens, it ends in one reply and one line of the log."""

@@ -7,7 +7,9 @@ waits for a condition, a backend that plays a script waits for the test.
 """
 
 import base64
+import concurrent.futures
 import contextlib
+import functools
 import gzip
 import itertools
 import json
@@ -332,9 +334,8 @@ def serve(**knobs):
         drained = server.drain(SECONDS)
         thread.join(SECONDS)
         if server.backends:
-            for links in server.backends.pool._idle.values():
-                for link in links:
-                    link.sock.close()
+            for link in itertools.chain(*server.backends.pool._idle.values()):
+                link.sock.close()
         for _, sock in server.parting:
             sock.close()
     assert drained, f"connections were left over: {server.connections}"
@@ -365,7 +366,7 @@ class Process:
     @property
     def port(self):
         """The port that the start-up line names."""
-        return int(eventually(lambda: re.search(r"http://[^ ]*?:(\d+)", self.log))[1])
+        return int(eventually(lambda: re.search(r" on https?://\S*?:(\d+)", self.log))[1])
 
     def wait(self):
         """Wait for the end and return the exit status."""
@@ -2389,3 +2390,2014 @@ def test_an_address_that_can_never_work_is_refused(address, capsys):
     assert exit.value.code == 2
     error = capsys.readouterr().err
     assert "--backend-url" in error and error.count("\n") == 1 and address not in error
+
+
+# -- helpers for the tests with several backends ---------------------------------------------------
+
+
+class Mortal(PlayedBackend):
+    """A PlayedBackend that can die, so that its port refuses connections, and rise again there."""
+
+    dead = False
+
+    def __init__(self, script):
+        super().__init__(script)
+        self.listener.close()  # bound by its number, the port stays ours while nothing listens
+        self.listener = socket.create_server(("127.0.0.1", self.port), backlog=1024)
+
+    def die(self):
+        self.dead = True
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.acceptor.join(SECONDS)
+        for sock in self.sockets:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def rise(self):
+        self.dead = False
+        self.listener.listen(1024)
+        self.__enter__()
+
+    def __exit__(self, *about):
+        if self.dead:
+            self.rise()
+        super().__exit__(*about)
+
+
+@contextlib.contextmanager
+def several(*scripts, urls=(), settle=True, **knobs):
+    """Backends that play the scripts, and those at `urls`, behind a gateway whose first probes are
+    over if it has to `settle`; yields (its port, *backends)."""
+    server = None
+    try:
+        with contextlib.ExitStack() as stack:
+            backends = [stack.enter_context(Mortal(script)) for script in scripts]
+            urls = ",".join([*(backend.url for backend in backends), *urls])
+            server = stack.enter_context(serve(backend_url=urls, **knobs))
+            probed = settle and knobs.get("probe_interval")
+            eventually(lambda: not probed or all(each.probed for each in server.backends.all))
+            yield server.port, *backends
+    finally:
+        eventually(lambda: not server or not any(each.probing for each in server.backends.all))
+        for link in itertools.chain(*server.backends._prober._idle.values()) if server else ():
+            link.sock.close()
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The gateway's `time`, whose monotonic clock stands unless a test changes `now`."""
+    clock = types.SimpleNamespace(**vars(time), now=time.monotonic())
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr(gateway, "time", clock)
+    return clock
+
+
+def models(*ids):
+    """Return a list of models as a response."""
+    cards = [{"id": name, "object": "model", "created": 1, "owned_by": "test"} for name in ids]
+    return response(json.dumps({"object": "list", "data": cards}).encode())
+
+
+EVENT = STREAM_HEAD + chunked(b"data: 1\n\n", end=False)  # a stream that has begun
+
+
+def plays(then=response(), listed=None, once=None, go=None):
+    """Return a script, for one or several backends, that answers with `then`.
+
+    But GET /v1/models with `listed`; a request for ?held with a stream that waits for `go`; and
+    their first request of all with `once`, bytes or a function of Played, and a close.
+    """
+    numbers = itertools.count()
+    def script(played, number):
+        while read := played.request():
+            if listed and re.search(rb" /(base/)?v1/models[? ]", read[0]):
+                played.send(listed)
+            elif once is not None and not next(numbers):
+                return once(played) if callable(once) else played.send(once)
+            elif b"?held" in read[0]:
+                played.send(EVENT)
+                assert go.wait(SECONDS)
+                played.send(chunked(DONE))
+            else:
+                played.send(then)
+    return script
+
+
+def hold(stack, port):
+    """Begin a stream that waits; return its client once its first event has come."""
+    client = stack.enter_context(Client(port)).send(request("POST", CHATS + "?held", STREAM))
+    wait_for(client, b"data: 1\n\n")
+    return client
+
+
+def counts(backends):
+    """Return how many requests each got, the gateway's own probes aside."""
+    return [sum(b"\r\nX-Forwarded-For: " in head for head, _ in backend.requests)
+            for backend in backends]
+
+
+def states(port, *keys):
+    """Return what /readyz tells of each backend, by its address; or these values of each."""
+    known = {state["url"]: state for state in ask(port, "GET", "/readyz").json()["backends"]}
+    return [tuple(state[key] for key in keys) for state in known.values()] if keys else known
+
+
+def chats(port, number, model="m", held=0):
+    """Send so many requests for a model, one after the other, while `held` others are in flight;
+    return the set of their statuses."""
+    def is_quiet():
+        return sum(count for count, in states(port, "in_flight")) == held
+    body, statuses = json.dumps({"model": model, "messages": []}).encode(), set()
+    for _ in range(number):
+        eventually(is_quiet)  # a request is over a moment after its client has the reply
+        statuses.add(ask(port, body=body).status)
+    eventually(is_quiet)
+    return statuses
+
+
+def changes(log):
+    """Return the changes of state in the log, as (address, "up" or "down")."""
+    return [match.groups() for line in log if (match := re.search(r"backend (\S+) is (\w+)", line))]
+
+
+def take_port(stack):
+    """Return a port that refuses connections until a server is told to take it."""
+    sock = stack.enter_context(socket.socket())
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind(("127.0.0.1", 0))
+    return sock.getsockname()[1]
+
+
+# -- 5. Backends: who serves what ------------------------------------------------------------------
+
+
+def test_a_request_goes_to_a_backend_that_lists_its_model_from_the_first_one_on():
+    """Whatever its kind and size; those that list the model take turns, and if none does, all."""
+    form = (b'--b\r\nContent-Disposition: form-data; name="file"; filename="model"\r\n\r\n'
+            b'a\r\n\r\nb\r\n--b\r\nContent-Disposition: form-data; name="model"\r\n\r\no/2\r\n'
+            b'--b--\r\n')
+    big = b'{"input": "%b", "model": "o/2"}' % (b"x" * 1_500_000)
+    with several(plays(listed=models("m1", "both")),
+                 plays(response(b"", "404 Not Found"), models("o/2", "both")),
+                 probe_interval=600) as (port, one, two):
+        assert chats(port, 4, "m1") == {200} and counts([one, two]) == [4, 0]
+        assert chats(port, 4, "o/2") == {404} and counts([one, two]) == [4, 4]
+        assert chats(port, 6, "both") == {200, 404} and counts([one, two]) == [7, 7]
+        for method, path, kind, body in (
+                ("POST", "/v1/completions", "application/json", b'{"model": "o/2"}'),
+                ("POST", "/v1/embeddings", "application/json; charset=utf-8", big),
+                ("POST", "/v1/audio/transcriptions", "multipart/form-data; boundary=b", form),
+                ("GET", "/v1/models/o/2", "", b""), ("GET", "/v1/models/o%2F2", "", b""),
+                ("HEAD", "/v1/models/o/2?a=b", "", b"")):
+            for _ in range(3):
+                assert ask(port, method, path, body, f"Content-Type: {kind}").status == 404, path
+                assert seen(two).reason == f"{method} {path} HTTP/1.1"
+                assert two.requests[-1][1] == body
+        assert counts([one, two]) == [7, 7 + 18]
+        assert chats(port, 4, "nobody's") == {200, 404} and counts([one, two]) == [9, 27]
+
+
+@pytest.mark.parametrize("listed", [
+    response(status="404 Not Found"), response(status="401 Unauthorized"), response(b"no JSON"),
+    response(b"[]"), response(b'{"data": null}'), response(b'{"data": [5]}'),
+    response(b"[" * 100_000), response(b'{"n": %b}' % (b"9" * 5000)), response(b"\xff\xfe{")])
+def test_a_backend_whose_models_cannot_be_listed_serves_all(listed):
+    with several(plays(listed=models("m1")), plays(listed=listed),
+                 probe_interval=600) as (port, one, two):
+        assert chats(port, 6, "m1") == {200} and counts([one, two]) == [3, 3]
+        assert chats(port, 4, "other") == {200} and counts([one, two]) == [3, 7]
+        assert states(port, "up", "models") == [(True, ["m1"]), (True, None)]
+        assert [card["id"] for card in ask(port, "GET", "/v1/models").json()["data"]] == ["m1"]
+        with several(urls=[two.url, two.url + "/base"], probe_interval=600) as (port, *_):
+            reply = ask(port, "GET", "/v1/models?a=b")  # by one of the two, as it is
+            assert reply.body == listed.partition(b"\r\n\r\n")[2]
+            assert seen(two).reason.endswith("/v1/models?a=b HTTP/1.1")
+
+
+def test_a_request_goes_where_the_fewest_are_in_flight_and_ties_are_taken_in_turn():
+    """A stream is in flight until its end, or until its client leaves."""
+    go = threading.Event()
+    with several(*[plays(go=go)] * 3) as (port, *backends), contextlib.ExitStack() as stack:
+        leaves, stays = [hold(stack, port) for _ in range(2)]
+        assert sorted(counts(backends)) == [0, 1, 1] and chats(port, 4, held=2) == {200}
+        assert sorted(counts(backends)) == [1, 1, 4]
+        assert sorted(states(port, "in_flight")) == [(0,), (1,), (1,)]
+        leaves.vanish()
+        eventually(lambda: sorted(states(port, "in_flight")) == [(0,), (0,), (1,)])
+        go.set()
+        assert stays.reply().events() == [1, "[DONE]"]
+        eventually(lambda: states(port, "in_flight") == [(0,)] * 3)
+        before = counts(backends)
+        assert chats(port, 9) == {200}
+        assert [after - count for after, count in zip(counts(backends), before)] == [3, 3, 3]
+
+
+def test_the_models_are_the_union_over_the_backends_and_survive_a_dead_one():
+    """In OpenAI's shape even where a backend is terse."""
+    def ids():
+        reply = ask(port, "GET", "/v1/models")
+        assert reply.status == 200 and reply.json()["object"] == "list"
+        for card in reply.json()["data"]:
+            assert card["object"] == "model" and type(card["created"]) is int and card["owned_by"]
+        return sorted(card["id"] for card in reply.json()["data"])
+    terse = response(b'{"data": [{"id": "b"}, {"id": "c"}]}')
+    with several(plays(listed=models("a", "b")), plays(listed=terse), urls=[dead_address()],
+                 probe_interval=0.1) as (port, one, two):
+        assert ids() == ["a", "b", "c"]
+        reply = ask(port, "HEAD", "/v1/models")
+        assert reply.status == 200 and not reply.body and int(reply.one("content-length")) > 50
+        one.die()
+        assert "c" in ids()
+        eventually(lambda: ids() == ["b", "c"])
+        one.rise()
+        eventually(lambda: ids() == ["a", "b", "c"])
+        assert counts([one, two]) == [0, 0]
+
+
+# -- 5. Backends: failover -------------------------------------------------------------------------
+
+BROKEN = {"closes": b"", "resets": Played.reset, "half a head": b"HTTP/1.1 200 OK\r\nA: b\r\n",
+          "no HTTP": b"\x16\x03\x01\r\n\r\n"}
+REFUSED = {status: response(b'{"no": %d}' % status, f"{status} No", "X-A: b", "X-A: c")
+           for status in (502, 503, 504)}
+FAULTS = BROKEN | REFUSED
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_request_that_can_be_repeated_goes_to_one_other_backend(fault):
+    """It is the very same, and nothing of the first answer is seen. No other is repeated."""
+    for method, path in (("POST", CHATS), ("POST", "/v1/completions"), ("POST", "/v1/embeddings"),
+                         ("POST", "/v1/audio/speech"), ("GET", "/v1/x"), ("HEAD", "/v1/x")):
+        body = CHAT if method == "POST" else b""
+        with several(*[plays(once=FAULTS[fault])] * 3) as (port, *backends):
+            reply = ask(port, method, path, body, f"X-Request-ID: {ID}")
+            assert (reply.status, reply.all("x-a")) == (200, []), (method, path)
+            assert sorted(counts(backends)) == [0, 1, 1]
+            for backend in (backend for backend in backends if backend.requests):
+                assert seen(backend).reason == f"{method} {path} HTTP/1.1"
+                assert f"http://{seen(backend).one('host')}" == backend.url
+                assert seen(backend).one("x-request-id") == ID and backend.requests[0][1] == body
+    for method, path in (("POST", FILES), ("POST", "/v1/batches"), ("POST", CHATS + "/a/cancel"),
+                         ("DELETE", "/v1/files/1"), ("PUT", "/v1/x"), ("PATCH", "/v1/x")):
+        with several(*[plays(once=FAULTS[fault])] * 3) as (port, *backends):
+            reply = ask(port, method, path, CHAT)
+            assert sorted(counts(backends)) == [0, 0, 1], (method, path)
+            assert (reply.status, reply.json()) == (fault, {"no": fault}) if fault in REFUSED else (
+                reply.status, reply.error()["code"]) == (502, "backend_error")
+
+
+@pytest.mark.parametrize("status", REFUSED)
+def test_no_request_reaches_more_than_two_backends_and_the_last_answer_is_passed_on(status):
+    """Not even when all of them are known to be down."""
+    numbers = itertools.count(1)
+    def script(played, number):
+        while played.request():
+            played.send(response(b"%d" % next(numbers), f"{status} No", "X-A: b", "X-A: c"))
+    with several(*[script] * 4) as (port, *backends):
+        for _ in range(4):
+            before, reply = sum(counts(backends)), ask(port, body=CHAT)
+            assert 1 <= sum(counts(backends)) - before <= 2
+            assert (reply.status, reply.json()) == (status, sum(counts(backends)))
+            assert reply.all("x-a") == ["b", "c"]
+
+
+def test_a_request_that_kills_its_backend_kills_no_more_than_two():
+    """Even where connections are kept: the one that ends is dialled again, and refused."""
+    def script(played, number):
+        while read := played.request():
+            if b"deadly" in read[1]:
+                return played.backend.die()
+            played.send(response())
+    with several(*[script] * 4) as (port, *backends):
+        assert chats(port, 4) == {200} and counts(backends) == [1] * 4
+        reply = ask(port, body=b'{"deadly": 1}')
+        assert (reply.status, reply.error()["code"]) == (502, "backend_error")
+        assert sum(backend.dead for backend in backends) == 2 and chats(port, 4) == {200}
+
+
+@pytest.mark.parametrize("method, path", [("POST", CHATS), ("POST", FILES), ("DELETE", "/v1/x")])
+def test_backends_that_cannot_be_reached_cost_no_request_of_any_method(method, path):
+    """They refuse, or are too slow to connect to; and none of that is the one repetition."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, contextlib.ExitStack() as stack:
+        stack.enter_context(socket.create_connection(full.getsockname()))
+        urls = [dead_address(), dead_address(), f"http://127.0.0.1:{full.getsockname()[1]}"]
+        script = plays(once=REFUSED[503] if path == CHATS else None)
+        with several(script, script, urls=urls, connect_timeout=0.3) as (port, *backends):
+            for _ in range(5):
+                assert ask(port, method, path, CHAT).status == 200
+            assert not any(states(port)[url]["up"] for url in urls)
+            assert sum(counts(backends)) == 5 + (path == CHATS)
+
+
+def test_where_no_backend_can_be_reached_it_is_503_and_the_first_that_returns_is_used():
+    with several(plays(), plays()) as (port, one, two):
+        one.die()
+        two.die()
+        for method, path in (("POST", CHATS), ("GET", "/v1/x"), ("DELETE", "/v1/x")) * 3:
+            reply = ask(port, method, path, CHAT)
+            assert (reply.status, reply.error()["code"]) == (503, "no_healthy_backend")
+            assert int(reply.one("retry-after")) >= 1
+        two.rise()  # within its back-off
+        assert chats(port, 3) == {200} and counts([one, two]) == [0, 3]
+
+
+def test_an_answer_is_passed_on_if_no_other_backend_can_be_reached():
+    def script(played, number):
+        played.request()
+        (two if played.backend is one else one).die()
+        played.send(REFUSED[503])
+    with several(script, script) as (port, one, two):
+        reply = ask(port, body=CHAT)
+        assert (reply.status, reply.json(), reply.all("x-a")) == (503, {"no": 503}, ["b", "c"])
+        assert sum(counts([one, two])) == 1
+
+
+@pytest.mark.parametrize("fault", ["closes", 503])
+def test_a_backend_in_its_back_off_is_asked_before_a_request_fails(fault, clock):
+    """It may be back: both are restarted one after the other in any rollout."""
+    def script(played, number):
+        while read := played.request():
+            if b"?bad" in read[0]:
+                return played.send(FAULTS[fault])
+            played.send(response())
+    with several(script, plays()) as (port, one, two):
+        two.die()
+        assert chats(port, 2) == {200} and not states(port)[two.url]["up"]
+        two.rise()
+        assert ask(port, path=CHATS + "?bad", body=CHAT).status == 200
+        assert counts([two]) == [1]
+
+
+def test_an_answer_whose_body_does_not_come_delays_no_repetition():
+    head = response(b"x" * 100, "503 No")[:-100]
+    def wait(played):
+        played.send(head)
+        played.wait_for_end()
+    with several(*[plays(once=wait)] * 2, backend_timeout=600) as (port, *backends):
+        assert chats(port, 1) == {200} and counts(backends) == [1, 1]
+
+
+def test_a_429_is_passed_on_unless_another_backend_is_free_to_take_it(clock, log):
+    """Which one that is down, or does not list the model, is not."""
+    busy = response(b'{"n": 1}', "429 Slow Down", "Retry-After: 9", "X-RateLimit-Remaining: 0")
+    with several(*[plays(once=busy)] * 2) as (port, *backends):
+        assert chats(port, 6) == {200} and sorted(counts(backends)) == [3, 4]
+    with several(plays(busy), plays(busy)) as (port, one, two):
+        reply = ask(port, body=CHAT)
+        assert (reply.status, reply.json(), counts([one, two])) == (429, {"n": 1}, [1, 1])
+        assert (reply.one("retry-after"), reply.one("x-ratelimit-remaining")) == ("9", "0")
+        assert not changes(log)
+        two.die()
+        assert chats(port, 3) == {429} and counts([one, two]) == [4, 1]
+        two.rise()  # within its back-off
+        assert chats(port, 3) == {429} and counts([one, two]) == [7, 1]
+    with several(plays(busy, models("m")), plays(listed=models("other")),
+                 probe_interval=600) as (port, one, two):
+        assert chats(port, 3) == {429} and counts([one, two]) == [3, 0]
+
+
+def test_a_request_goes_to_none_that_lacks_its_model_while_one_that_lists_it_is_down():
+    """Its 404 would call an outage the client's mistake."""
+    with several(plays(REFUSED[503], models("m")), plays(listed=models("other")),
+                 probe_interval=600) as (port, one, two):
+        assert chats(port, 2) == {503} and counts([one, two]) == [2, 0]
+        one.die()
+        assert ask(port, body=CHAT).error()["code"] == "no_healthy_backend"
+        one.script = plays()
+        one.rise()
+        assert chats(port, 1) == {200} and counts([one, two]) == [3, 0]
+
+
+def test_a_client_that_leaves_is_no_failure_and_its_request_goes_to_no_other_backend(log):
+    def script(played, number):
+        while b"?gone" not in (read := played.request())[0]:
+            played.send(response())
+        played.send(EVENT if b"begun" in read[0] else b"")
+        played.wait_for_end()
+    with several(script, script) as (port, *backends):
+        for number, wish in ((1, "?gone"), (2, "?gone&begun")):
+            with Client(port) as client:
+                client.send(request("POST", CHATS + wish, STREAM))
+                eventually(lambda: sum(counts(backends)) == number)
+                wait_for(client, b"data: 1\n\n" if "begun" in wish else b"")
+                client.vanish()
+            eventually(lambda: sum(" 499 " in line for line in log) == number)
+            eventually(lambda: sum(len(backend.ended) for backend in backends) == number)
+        assert sum(counts(backends)) == 2 and not changes(log)
+
+
+# -- 5. Backends: ejection -------------------------------------------------------------------------
+
+EJECTING = {  # (what a backend does, knobs, the status that its client gets, how many others do)
+    **{name: (fault, {}, 200, 1) for name, fault in FAULTS.items()},
+    "a cut body": (response()[:-3], {}, 200, 0), "a cut stream": (EVENT, {}, 200, 0),
+    "silence": (Played.wait_for_end, {"backend_timeout": 0.5}, 504, 0)}  # which is not retried
+
+
+@pytest.mark.parametrize("case", EJECTING)
+def test_a_backend_that_fails_is_skipped_until_its_back_off_ends(case, clock, log):
+    """Each change of state is a line of the log. A reply that has begun is never begun again."""
+    fault, knobs, status, others = EJECTING[case]
+    with several(*[plays(once=fault)] * 2, **knobs) as (port, *backends):
+        reply = ask(port, body=STREAM)
+        assert (reply.status, reply.cut) == (status, "cut" in str(case))
+        (url, state), = changes(log)
+        bad, good = sorted(backends, key=lambda backend: backend.url != url)
+        assert (state, counts([bad, good])) == ("down", [1, others])
+        assert [line for line in log if re.search(r"is down: .+; skipped for 1(\.0)? s$", line)]
+        assert chats(port, 6) == {200} and counts([bad, good]) == [1, others + 6]
+        assert [states(port)[backend.url]["up"] for backend in (bad, good)] == [False, True]
+        clock.now += 1.1
+        assert chats(port, 6) == {200} and counts([bad, good]) == [4, others + 9]
+        assert changes(log) == [(url, "down"), (url, "up")] and states(port)[url]["up"]
+
+
+@pytest.mark.parametrize("status", [200, 302, 400, 401, 404, 408, 422, 500, 501])
+def test_any_other_answer_is_final_and_no_sign_of_ill_health(status, clock, log):
+    with several(*[plays(response(status=f"{status} X"))] * 2) as (port, *backends):
+        assert chats(port, 6) == {status} and counts(backends) == [3, 3] and not changes(log)
+
+
+def test_the_back_off_doubles_from_1_to_30_seconds_and_one_success_ends_it(clock, log):
+    replies = [REFUSED[503]]
+    def script(played, number):
+        while played.request():
+            played.send(replies[-1])
+    with several(script, plays()) as (port, sick, well):
+        def tries(seconds):
+            clock.now, before, = clock.now + seconds, sum(counts([sick]))
+            assert chats(port, 4) == {200}
+            return sum(counts([sick])) - before
+        assert tries(0) == 1
+        for back_off in (1, 2, 4, 8, 16, 30, 30):
+            assert (tries(back_off * 0.95), tries(back_off * 0.1)) == (0, 1), back_off
+        assert changes(log) == [(sick.url, "down")]
+        replies.append(response())
+        assert tries(31) in (2, 3) and changes(log)[1:] == [(sick.url, "up")]
+        replies.append(REFUSED[503])
+        assert (tries(0), tries(0.95), tries(0.1)) == (1, 0, 1)
+
+
+@pytest.mark.parametrize("value, seconds", [
+    ("7", 7), ("0007", 7), ("9" * 9, 300), ("-5", 1), ("soon", 1), ("\xb2", 1), ("1_0", 1),
+    pytest.param("9" * 5000, 300, id="5000 digits")])
+def test_retry_after_of_a_503_is_honoured_within_reason(value, seconds, clock):
+    no = response(b"{}", "503 No", f"Retry-After: {value}")
+    with several(*[plays(once=no)] * 2) as (port, *backends):
+        assert chats(port, 1) == {200} and counts(backends) == [1, 1]
+        clock.now += seconds * 0.95
+        assert chats(port, 4) == {200} and sorted(counts(backends)) == [1, 5]
+        clock.now += seconds * 0.1
+        assert chats(port, 4) == {200} and min(counts(backends)) > 1
+
+
+@pytest.mark.parametrize("fares", ["well", "and its client leaves"])
+def test_when_a_back_off_has_ended_one_request_tries_and_no_other_before_it_succeeds(fares, clock):
+    go, end, numbers = threading.Event(), threading.Event(), itertools.count()
+    def script(played, number):
+        while read := played.request():
+            if not next(numbers):
+                return played.send(REFUSED[503])
+            assert b"?trial" not in read[0] or go.wait(SECONDS)
+            played.send(response())
+    with several(script, plays(go=end)) as (port, one, two), contextlib.ExitStack() as stack:
+        assert chats(port, 2) == {200} and counts([one, two]) == [1, 2]
+        clients = [hold(stack, port) for _ in range(2)]
+        clock.now += 1.1
+        trial = stack.enter_context(Client(port)).send(request("POST", CHATS + "?trial", CHAT))
+        eventually(lambda: counts([one, two]) == [2, 4])
+        assert chats(port, 4, held=3) == {200} and counts([one, two]) == [2, 8]  # the busier one
+        if fares == "well":
+            go.set()
+            assert trial.reply().status == 200
+        else:
+            trial.vanish()
+        def returns():
+            clock.now += 0.2 * (fares != "well")  # also for the sweep that finds out
+            return ask(port, body=CHAT).status == 200 and counts([one]) > [2]
+        assert returns() or fares != "well" and eventually(returns)
+        go.set()
+        end.set()
+        assert {str(client.reply().events()) for client in clients} == {"[1, '[DONE]']"}
+
+
+# -- 5. Backends: probes ---------------------------------------------------------------------------
+
+
+def test_no_request_is_taken_before_the_first_probes_are_over(clock):
+    """Though they are waited for no longer than a second, which does not end here."""
+    def late(played, number):
+        threading.Event().wait(0.3)
+        plays(listed=models("m"))(played, number)
+    with several(late, late, settle=False, probe_interval=600) as (port, *_):
+        assert states(port, "models") == [(["m"],)] * 2
+
+
+def test_probes_learn_who_is_up_and_what_it_serves_and_cost_no_request(log):
+    with several(plays(listed=models("m", "x")), plays(listed=models("m")),
+                 probe_interval=0.1) as (port, one, two):
+        assert states(port, "url", "up", "models", "in_flight") == [
+            (one.url, True, ["m", "x"], 0), (two.url, True, ["m"], 0)]
+        one.die()
+        eventually(lambda: states(port, "up") == [(False,), (True,)])
+        assert chats(port, 4) == {200} and counts([one, two]) == [0, 4]
+        one.script = plays(listed=models("y"))
+        one.rise()
+        eventually(lambda: states(port, "up", "models")[0] == (True, ["y"]))
+        assert chats(port, 4) == {200} == chats(port, 3, "y") and counts([one, two]) == [3, 8]
+        assert changes(log) == [(one.url, "down"), (one.url, "up")]
+
+
+def test_a_probe_asks_for_the_models_with_the_backend_s_key_and_0_turns_probes_off():
+    with PlayedBackend(plays(listed=models("m"))) as backend:
+        urls = [backend.url + "/base/v1"]
+        with several(urls=urls, probe_interval=600, backend_api_key="k3y") as (port,):
+            assert seen(backend).reason == "GET /base/v1/models HTTP/1.1"
+            assert seen(backend).one("authorization") == "Bearer k3y"
+            assert seen(backend).one("host") in backend.url and not backend.requests[0][1]
+            assert chats(port, 1) == {200} and len(backend.requests) == 2
+        with several(urls=urls, probe_interval=600):
+            assert len(backend.requests) == 3 and not seen(backend).all("authorization")
+        with several(urls=urls, probe_interval=0) as (port,):
+            assert states(port, "url", "up") == [(backend.url + "/base", True)]
+            assert len(backend.requests) == 3
+
+
+def test_a_probe_s_answer_of_502_503_504_or_508_or_none_is_down_and_any_other_is_up():
+    up, down = [200, 302, 401, 404, 405, 429, 500], [502, 503, 504, 508]
+    scripts = [answers(response(status=f"{status} X")) for status in up + down]
+    with several(*scripts, answers(b"no HTTP\r\n\r\n"), lambda played, number: None,
+                 probe_interval=600) as (port, *_):
+        eventually(lambda: states(port, "up") == [(True,)] * 7 + [(False,)] * 6)
+
+
+def test_a_backend_that_does_not_answer_its_probe_is_down_and_delays_nothing():
+    """Not even the probes of the others, though a probe may take for ever."""
+    def silent(played, number):
+        played.request()
+        played.wait_for_end()
+    with several(silent, plays(), probe_interval=0.1, connect_timeout=0.5) as (port, *_):
+        eventually(lambda: states(port, "up") == [(False,), (True,)])
+        assert chats(port, 4) == {200}
+    with several(silent, plays(), settle=False, probe_interval=0.1, connect_timeout=600) as (
+            port, _, two):
+        two.die()
+        eventually(lambda: states(port, "up")[1] == (False,))
+        two.rise()
+        eventually(lambda: states(port, "up")[1] == (True,))
+
+
+def test_a_probe_that_times_out_is_no_failure_while_its_backend_works(log):
+    """One that is busy generating may be slow to tell its models."""
+    go = threading.Event()
+    def script(played, number):
+        read = played.request()
+        if number == 1:
+            return played.send(models("m"))
+        if b"?held" in read[0]:
+            played.send(EVENT)
+            assert go.wait(SECONDS)
+            return played.send(chunked(DONE))
+        played.wait_for_end()
+    with several(script, probe_interval=0.1, connect_timeout=0.2) as (port, backend):
+        with contextlib.ExitStack() as stack:
+            client = hold(stack, port)
+            eventually(lambda: len(backend.ended) >= 3)
+            assert states(port, "up") == [(True,)] and not changes(log)
+            go.set()
+            assert client.reply().events() == [1, "[DONE]"]
+        eventually(lambda: changes(log) == [(backend.url, "down")])
+
+
+def test_a_probe_does_not_bring_back_a_backend_that_answers_503_to_requests():
+    no = response(b"{}", "503 Loading", "Retry-After: 300")
+    with several(plays(no, models("m")), plays(listed=models("m")), probe_interval=0.1) as (
+            port, one, two):
+        assert chats(port, 2) == {200} and counts([one, two]) == [1, 2]
+        probes = len(one.requests)
+        eventually(lambda: len(one.requests) >= probes + 4)
+        assert chats(port, 4) == {200} and counts([one, two]) == [1, 6]
+        assert states(port, "up") == [(False,), (True,)]
+
+
+# -- 7. Handler: loops -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hops", [1, 2, 3])
+def test_a_loop_is_answered_508_by_the_first_gateway_that_sees_its_own_request_again(hops, log):
+    with contextlib.ExitStack() as stack:
+        ports = [take_port(stack) for _ in range(hops)]
+        for port, after in zip(ports, [*ports[1:], ports[0]]):
+            stack.enter_context(serve(port=port, backend_url=f"http://127.0.0.1:{after}"))
+        for number, (method, path) in enumerate(
+                [("POST", CHATS), ("POST", FILES), ("GET", "/v1/models")], 1):
+            reply = ask(ports[0], method, path, CHAT)
+            assert (reply.status, reply.error()["code"]) == (508, "loop_detected")
+            eventually(lambda: sum(" 508 " in line for line in log) >= number * (hops + 1))
+        assert sum(" 508 " in line for line in log) == 3 * (hops + 1)
+
+
+def test_via_names_the_gateway_behind_those_before_it():
+    with several(plays(listed=models("m")), probe_interval=600) as (port, backend):
+        own = seen(backend).one("via")
+        assert re.fullmatch("1.1 gateway-[0-9a-f]+", own)
+        for is_loop, values in (
+                (0, []), (0, ["1.0 a, 1.1 gateway-0"]), (0, ["1.1 a", f"1.1 b ({own[4:]}x)"]),
+                (1, [own]), (1, [f"1.1 a , {own} , 1.1 b"]), (1, ["1.1 a", f"HTTP/{own}"])):
+            reply = ask(port, "POST", CHATS, CHAT, *(f"Via: {value}" for value in values))
+            assert reply.status == (508 if is_loop else 200), values
+            assert is_loop or ", ".join(seen(backend).all("via")) == ", ".join([*values, own])
+
+
+# -- 7. Handler: /readyz ---------------------------------------------------------------------------
+
+
+def test_readyz_is_200_while_a_backend_is_up_and_else_503(echo):
+    reply = ask(echo, "GET", "/readyz")
+    assert (reply.status, reply.json()) == (200, {"status": "ready", "backends": []})
+    with several(plays(), plays()) as (port, *backends):
+        for up in (2, 1, 0):
+            for backend in backends[up:up + 1]:
+                backend.die()
+                chats(port, 3)  # so much for its reputation
+            for method in ("GET", "HEAD"):
+                assert ask(port, method, "/readyz").status == (200 if up else 503)
+            assert ask(port, "GET", "/readyz").json() == {
+                "status": "ready" if up else "no backend is up",
+                "backends": [{"url": backend.url, "up": not backend.dead, "models": None,
+                              "in_flight": 0} for backend in backends]}
+        assert ask(port, "GET", "/healthz").status == 200
+        assert ask(port, "POST", "/readyz").one("allow") == "GET, HEAD, OPTIONS"
+        assert not [1 for backend in backends for head, _ in backend.requests if b"ready" in head]
+
+
+# -- several backends: what it must show -----------------------------------------------------------
+
+
+def test_a_backend_killed_again_and_again_under_load_costs_its_own_streams_alone():
+    """No other request fails; a stream in flight on the victim ends with an error event."""
+    with contextlib.ExitStack() as stack:
+        ports = [take_port(stack) for _ in range(2)]
+        urls = [f"http://127.0.0.1:{port}" for port in ports]
+        def start(port):
+            mock = stack.enter_context(Process(script="mock_backend.py", MOCK_PORT=str(port)))
+            assert mock.port == port
+            return mock
+        victim, _ = [start(port) for port in ports]
+        front = stack.enter_context(Process(
+            PORT="0", BACKEND_URL=",".join(urls), PROBE_INTERVAL="0.2", LOG_FORMAT="json"))
+        stop, port = threading.Event(), front.port
+
+        def talk():
+            with Client(port) as client:
+                for number in itertools.count():
+                    reply = client.send(request(
+                        "POST", CHATS, CHAT, f"X-Request-ID: {ID}", "X-Mock: delay=0.03")).reply()
+                    assert reply.status == 200 and says_mock(reply), (reply.status, reply.body)
+                    if stop.is_set():
+                        return number
+
+        def listen(name):
+            replies = {}
+            while not stop.is_set():
+                identity = f"{name}-{len(replies)}"
+                replies[identity] = ask(port, "POST", CHATS, STREAM, f"X-Request-ID: {identity}",
+                                        "X-Mock: tokens=20, interval=0.02")
+            return replies
+
+        def is_streaming():
+            return any(record["outcome"] == "pending" and "stream" in record["body"]
+                       for record in ask(ports[0], "GET", "/mock/requests").json())
+
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            talkers = [pool.submit(talk) for _ in range(4)]
+            listeners = [pool.submit(listen, name) for name in "abcd"]
+            try:
+                for _ in range(4):
+                    eventually(is_streaming)
+                    victim.process.kill()
+                    victim.wait()
+                    eventually(lambda: not states(port)[urls[0]]["up"])
+                    assert ask(port, "GET", "/v1/models").json()["data"][0]["id"] == "mock"
+                    victim = start(ports[0])
+                eventually(is_streaming)
+            finally:
+                stop.set()
+        assert min(talker.result() for talker in talkers) > 10
+        streams = dict(item for listener in listeners for item in listener.result().items())
+        eventually(lambda: all(f'"{name}"' in front.log for name in streams))
+        records = [json.loads(line) for line in front.lines if line.startswith("{")]
+        records = {record["request_id"]: record for record in records}
+        cut = {name for name, reply in streams.items() if reply.cut}
+        assert 0 < len(cut) < len(streams)
+        for name, reply in streams.items():
+            *events, last = reply.events()
+            if name in cut:
+                assert last["error"]["code"] == records[name]["outcome"] == "backend_error"
+                assert records[name]["backend"] == urls[0]
+            else:
+                assert last == "[DONE]" and said(reply) == " ".join(["Mock"] * 20)
+            assert reply.status == 200 and events
+
+
+# -- Keys ------------------------------------------------------------------------------------------
+
+MODELS = "/v1/models"
+KEYS = "alice=s3cret-a,s3cret-b,YWJjZA=="  # the last one is no name with an empty key
+
+
+def bearer(key, scheme="Bearer"):
+    return f"Authorization: {scheme} {key}"
+
+
+def as_file(path, text):
+    """Write the text to the file, or remove it for None; return its path as a string."""
+    path.unlink(missing_ok=True)
+    if text is not None:
+        path.write_bytes(text.encode("latin-1"))
+    return str(path)
+
+
+@pytest.mark.parametrize("fields", [
+    (), (bearer(""),), ("Authorization: Bearer",), ("Authorization: s3cret-a",),
+    (bearer("s3cret-a", "Basic"),), (bearer("s3cret-"),), (bearer("s3cret-aa"),),
+    (bearer("S3CRET-A"),), (bearer("alice"),), (bearer("alice=s3cret-a"),), (bearer(KEYS),),
+    (bearer("s3cret-a s3cret-b"),), (bearer("s3cret-\xe9"),), (bearer("s3cret-c"),),
+    (bearer("s3cret-a"), bearer("s3cret-b")), ("X-Api-Key: s3cret-a",)])
+def test_what_is_not_exactly_a_key_is_401_and_reaches_no_backend(fields, log, tmp_path):
+    path = as_file(tmp_path / "keys", "good\n# s3cret-x, s3cret-c\n#s3cret-c\n \n")
+    with forward(answers(response()), api_keys=KEYS, api_keys_file=path) as (port, backend):
+        with Client(port) as client:
+            client.send(request("POST", CHATS, CHAT, "X-Request-ID: i", *fields))
+            reply, line = client.reply(), lines_of(log)[0]
+            assert (reply.status, reply.error()["code"]) == (401, "invalid_api_key")
+            assert reply.one("www-authenticate").startswith("Bearer")
+            assert reply.error()["type"] == "invalid_request_error"
+            assert reply.one("x-request-id") == "i" and b"s3cret" not in reply.body
+            assert " key=- " in line and "s3cret" not in line and not backend.requests
+            client.send(request("POST", CHATS, CHAT, bearer("s3cret-a")))  # on the same connection
+            assert client.reply().status == 200 and len(backend.requests) == 1
+
+
+@pytest.mark.parametrize("knobs", ({}, {"backend_url": "http://127.0.0.1:9"}))
+def test_every_path_but_those_of_probes_needs_a_key_before_a_body_is_asked_for(knobs):
+    with serve(api_keys=KEYS, **knobs) as server:
+        for path, method in itertools.product((
+                MODELS, MODELS + "/echo", CHATS, FILES, "/metrics", "/", "/nothing", "/healthz/",
+                "//healthz", "/v1/healthz", "/Healthz"),
+                ("GET", "HEAD", "POST", "OPTIONS", "DELETE", "X")):
+            assert ask(server.port, method, path).status == 401, (method, path)
+        for path, method in itertools.product(("/healthz?a", "/readyz"), ("GET", "HEAD", "POST")):
+            assert ask(server.port, method, path).status == (405 if method == "POST" else 200)
+        with Client(server.port) as client:
+            client.send(POST + b"Content-Length: 9999999\r\nExpect: 100-continue\r\n\r\n")
+            assert client.reply().status == 401
+
+
+@pytest.mark.parametrize(("key", "name", "scheme"), [
+    ("s3cret-a", "alice", "Bearer"), ("s3cret-b", "key2", "bearer"), ("YWJjZA==", "key3", "BEARER"),
+    ("s3cret=c", "bob", "Bearer"), ("s3cret-d", "c_a.r-ol", "Bearer")])
+def test_the_log_names_the_key_and_nothing_else_does(key, name, scheme, log, tmp_path):
+    path = as_file(tmp_path / "keys", "# no\r\n\r\nbob=s3cret=c\r\nc_a.r-ol=s3cret-d")
+    for form, field in (("text", f" key={name} "), ("json", f'"key": "{name}"')):
+        with forward(answers(response()), api_keys=KEYS, api_keys_file=path,
+                     log_format=form) as (port, backend):
+            reply = ask(port, "POST", CHATS, CHAT, bearer(key, scheme))
+            metrics = ask(port, "GET", "/metrics", b"", bearer(key, scheme))
+            lines = eventually(lambda: len(log) > 1 and [log.pop(), log.pop()])
+            assert all(field in line and key not in line for line in lines)
+            assert reply.status == metrics.status == 200
+            text = f"{reply.fields} {reply.body} {metrics.fields} {metrics.body} {backend.requests}"
+            assert key not in text and name not in text
+
+
+@pytest.mark.parametrize(("knobs", "fields", "expected"), [
+    ({}, (bearer("theirs"),), [b"Bearer theirs"]),
+    ({"api_keys": "theirs"}, (bearer("theirs"),), []),
+    ({"backend_api_key": "ours"}, (), [b"Bearer ours"]),
+    ({"backend_api_key_file": "ours\n"}, (bearer("theirs"), bearer("x")), [b"Bearer ours"]),
+    ({"api_keys": "theirs", "backend_api_key": "ours"},
+     ("Connection: Authorization", "authorization: Bearer theirs"), [b"Bearer ours"])])
+def test_the_backend_gets_its_own_key_and_never_a_gateway_s(knobs, fields, expected, tmp_path):
+    knobs = {name: as_file(tmp_path / name, text) if name.endswith("file") else text
+             for name, text in knobs.items()}
+    with forward(answers(response()), **knobs) as (port, backend):
+        for method, path in (("POST", CHATS), ("GET", MODELS), ("GET", MODELS + "/m"),
+                             ("DELETE", FILES + "/x"), ("OPTIONS", FILES)):
+            assert ask(port, method, path, CHAT if method == "POST" else b"", *fields).status == 200
+            head, _ = backend.requests[-1]
+            assert re.findall(rb"(?i)\r\nauthorization: *([^\r]*)", head) == expected
+            assert "api_keys" not in knobs or b"theirs" not in head
+
+
+@pytest.mark.parametrize("form", ("text", "json"))
+def test_no_secret_is_in_the_help_the_log_or_the_metrics_and_probes_bear_the_key(form, tmp_path):
+    secrets = {"API_KEYS": "a=s3cret-a,s3cret-b", "BACKEND_API_KEY": "s3cret-k",
+               "API_KEYS_FILE": as_file(tmp_path / "keys", "f=s3cret-f")}
+    status, out, err = run("--help", **secrets)
+    assert status == 0 and "API_KEYS" in out and "s3cret" not in out + "".join(err)
+    script = answers(response(), response(b"{}", "401 No"), b"no HTTP\r\n\r\n")
+    with PlayedBackend(script) as backend, Process(
+            "--port=0", BACKEND_URL=f"{backend.url},{dead_address()}", LOG_FORMAT=form,
+            PROBE_INTERVAL="0.1", **secrets) as process:
+        for key, path in itertools.product("abfkx", (CHATS, FILES, "/healthz")):
+            ask(process.port, "POST", path, CHAT, bearer("s3cret-" + key))
+        metrics = ask(process.port, "GET", "/metrics", b"", bearer("s3cret-f"))
+        assert metrics.status == 200 and b"s3cret" not in metrics.body
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait() == 0 and len(process.lines) > 15
+    probes = [head for head, _ in backend.requests if b"GET /v1/models HTTP/1.1" in head]
+    assert probes and all(b"\r\nAuthorization: Bearer s3cret-k" in head for head in probes)
+    assert "s3cret" not in process.log and "Traceback" not in process.log
+
+
+@pytest.mark.parametrize(("names", "value"), [  # FILE/... stands for a file with these bytes
+    ("API_KEYS", "s3cret a"), ("API_KEYS", "s3cret\u00e9"), ("API_KEYS", ","), ("API_KEYS", " "),
+    ("API_KEYS_FILE", "FILE"), ("API_KEYS_FILE", "FILE/"), ("API_KEYS_FILE", "FILE/# s3cret\n \n"),
+    ("API_KEYS_FILE", "FILE/good\ns3cret bad\n"), ("API_KEYS_FILE", "FILE/s3cret\xe9"),
+    ("API_KEYS_FILE", "/"), ("BACKEND_API_KEY", "s3cret\r\nX: y"),
+    ("BACKEND_API_KEY_FILE", "FILE"), ("BACKEND_API_KEY_FILE", "FILE/\n"),
+    ("BACKEND_API_KEY_FILE BACKEND_API_KEY", "FILE/s3cret"), ("ALLOW_OPEN", "perhaps"),
+    ("TLS_CERT_FILE TLS_KEY_FILE", "FILE"), ("TLS_CERT_FILE TLS_KEY_FILE", "FILE/s3cret"),
+    ("TLS_CERT_FILE", "FILE/x"), ("TLS_KEY_FILE", "FILE/x"), ("MAX_CONCURRENT_REQUESTS", "-1"),
+    ("QUEUE_TIMEOUT", "nan")])
+def test_a_bad_key_or_certificate_is_refused_at_start_in_one_line(names, value, tmp_path):
+    kind, slash, content = value.partition("/")
+    if kind == "FILE":
+        value = as_file(tmp_path / "file", content if slash else None)
+    status, out, err = run("--port=0", **dict.fromkeys(names.split(), value))
+    assert (status, out, len(err)) == (2, "", 1) and "s3cret" not in err[0], err
+    for name in ("TLS_CERT_FILE", "TLS_KEY_FILE") if "TLS" in names else names.split():
+        assert name in err[0] or "--" + name.lower().replace("_", "-") in err[0]
+
+
+@pytest.mark.parametrize(("host", "environ", "starts"), [
+    ("0.0.0.0", {}, False), ("::", {}, False), ("0", {}, False), ("", {}, False),
+    ("0.0.0.0", {"ALLOW_OPEN": "0"}, False), ("127.0.0.1", {"LISTEN_FDS": "1"}, False),
+    ("0.0.0.0", {"BACKEND_API_KEY": "", "BACKEND_API_KEY_FILE": "key"}, False),
+    ("0.0.0.0", {"ALLOW_OPEN": "1"}, True), ("0.0.0.0", {"API_KEYS": "s3cret-g"}, True),
+    ("0.0.0.0", {"API_KEYS_FILE": "key"}, True), ("0.0.0.0", {"BACKEND_API_KEY": ""}, True),
+    ("localhost", {}, True), ("127.0.0.2", {}, True), ("::1", {}, True)])
+def test_a_backend_s_key_is_not_lent_to_the_network_unless_that_is_meant(
+        host, environ, starts, tmp_path):
+    key, python = as_file(tmp_path / "key", "s3cret-k\n"), (sys.executable,)
+    environ = {"BACKEND_URL": dead_address(), "BACKEND_API_KEY": "s3cret-k",
+               **{name: key if text == "key" else text for name, text in environ.items()}}
+    if "LISTEN_FDS" in environ:
+        python = ("bash", "-c", 'LISTEN_PID=$$ exec "$0" "$@"', sys.executable)
+    with Process("--port=0", f"--host={host}", python=python, **environ) as process:
+        eventually(lambda: process.lines)  # without IPv6 the line about ::1 is another one
+        assert ("ALLOW_OPEN" in process.log) is not starts and "s3cret" not in process.log
+        assert starts or process.wait() == 2 and len(process.lines) == 1
+
+
+# -- Admission -------------------------------------------------------------------------------------
+
+
+def queued(port):
+    """Return how many requests wait for their turn, as the metrics say."""
+    metrics = ask(port, "GET", "/metrics").body
+    return float(re.search(rb"(?m)^gateway_queue_depth(?:{.*})? (\S+)$", metrics)[1])
+
+
+def gated(go):
+    """Return a script that answers each request once the test says `go`, or ends with the link."""
+    def script(played, number):
+        while played.request():
+            while not go.acquire(timeout=0.01):
+                if select.select([played.socket], [], [], 0)[0]:
+                    return
+            played.send(response())
+    return script
+
+
+@contextlib.contextmanager
+def crowd(number, more=b"", **knobs):
+    """A gateway with so many clients, whose requests came one by one; the first sends `more` too.
+
+    Yields (port, backend, clients, go); the query of a request is the client's number.
+    """
+    go, knobs = threading.Semaphore(0), {"max_concurrent_requests": 1, "queue_timeout": 90, **knobs}
+    limit = knobs["max_concurrent_requests"]
+    with forward(gated(go), **knobs) as (port, backend), contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Client(port)) for _ in range(number)]
+        for n, client in enumerate(clients):
+            client.send(request("POST", f"{CHATS}?{n}", CHAT) + more * (n == 0))
+            eventually(lambda: len(backend.requests) == min(n + 1, limit)
+                       and queued(port) == max(n + 1 - limit, 0))
+        yield port, backend, clients, go
+
+
+@pytest.mark.parametrize("limit", (1, 3))
+def test_requests_past_the_limit_wait_in_turn_and_nobody_is_let_past(limit):
+    """The first client has its next request ready when its place becomes free: it has to wait."""
+    again = request("POST", CHATS + "?9", CHAT)
+    with crowd(7, again, max_concurrent_requests=limit) as (port, backend, clients, go):
+        go.release(8)
+        assert [client.reply().status for client in [*clients, clients[0]]] == [200] * 8
+        cases = [case_of(head) for head, _ in backend.requests]
+        assert (cases if limit == 1 else sorted(cases)) == [*range(7), 9] and queued(port) == 0
+
+
+@pytest.mark.parametrize("patience", (0, 0.3))
+def test_a_request_that_waited_in_vain_is_429_with_the_time_to_come_again(patience):
+    with crowd(1, queue_timeout=patience) as (port, backend, (first,), go), Client(port) as second:
+        for path, body in ((CHATS, STREAM), (FILES, b"x" * 100_000)):
+            began = time.monotonic()
+            reply = second.send(request("POST", path, body, "X-Request-ID: i")).reply()
+            assert time.monotonic() - began >= patience and reply.one("x-request-id") == "i"
+            assert (reply.status, reply.error()["code"]) == (429, "concurrency_limit")
+            assert reply.error()["type"] == "rate_limit_error"
+            assert reply.one("retry-after") == "1" and reply.one("retry-after-ms") == "1000"
+        assert queued(port) == 0 and len(backend.requests) == 1
+        go.release(100)
+        assert first.reply().status == first.send(request(body=CHAT)).reply().status == 200
+        eventually(lambda: second.send(request(body=CHAT)).reply().status == 200)
+
+
+def test_what_needs_no_backend_never_queues():
+    with crowd(2) as (port, backend, clients, go):
+        for path in ("/healthz", "/readyz", "/metrics", "/nothing"):
+            for method in ("GET", "HEAD"):
+                assert ask(port, method, path).status == (404 if path == "/nothing" else 200)
+        assert ask(port, "POST", "/healthz").status == 405
+        assert ask(port, "POST", CHATS, b"{").error()["code"] == "invalid_json"
+        assert queued(port) == 1 and len(backend.requests) == 1
+        go.release(2)
+        assert [client.reply().status for client in clients] == [200] * 2
+
+
+@pytest.mark.parametrize("leave", (Client.vanish, lambda client: client.socket.close(),
+                                   lambda client: client.socket.shutdown(socket.SHUT_WR)))
+def test_a_waiter_whose_client_left_leaves_the_queue(leave, log):
+    with crowd(5) as (port, backend, clients, go):
+        leave(clients[1])
+        leave(clients[3])
+        eventually(lambda: queued(port) == 2 and sum(" 499 " in line for line in log) == 2)
+        go.release(5)
+        assert [clients[n].reply().status for n in (0, 2, 4)] == [200] * 3
+        assert [case_of(head) for head, _ in backend.requests] == [0, 2, 4] and queued(port) == 0
+
+
+@pytest.mark.parametrize("end", [
+    response(b"{}", "404 No"), response(b"", "503 No"), (b"no HTTP\r\n\r\n",), (b"",),
+    (STREAM_HEAD + chunked(b"data: 1\n\n", end=False),), Client.vanish, None])
+def test_the_only_place_comes_back_however_a_request_ends_and_no_upload_takes_it(end):
+    script = by_case([response(), end if isinstance(end, (bytes, tuple)) else STREAM_HEAD])
+    with forward(script, max_concurrent_requests=1, backend_timeout=1) as (port, _):
+        with Client(port) as slow, Client(port) as client:
+            begin(None, slow)
+            client.send(request("POST", CHATS + "?1", STREAM)).head()
+            if end is Client.vanish:
+                client.vanish()
+            eventually(lambda: ask(port, "POST", CHATS + "?0", CHAT).status == 200)
+
+
+def test_no_place_is_lost_to_clients_that_leave_at_any_moment():
+    """A place may be given to a waiter at the moment at which its client leaves."""
+    go = threading.Semaphore(0)
+    def script(played, number):
+        while read := played.request():
+            assert FILES.encode() not in read[0] or go.acquire(timeout=SECONDS)
+            played.send(response())
+    with forward(script, max_concurrent_requests=2, queue_timeout=90) as (port, backend):
+        for n in range(60):
+            with contextlib.ExitStack() as stack:
+                clients = [stack.enter_context(Client(port)) for _ in range(6)]
+                for client in clients:
+                    client.send(request(body=CHAT))
+                clients[n % 3].reply()
+                clients[3].vanish()
+                clients[4].socket.close()
+                assert clients[5].reply().status == 200
+        eventually(lambda: queued(port) == 0)
+        with Client(port) as one, Client(port) as two, Client(port) as three:
+            for client in (one, two, three):
+                client.send(request("POST", FILES, b"{}"))
+            eventually(lambda: queued(port) == 1)  # so two places are left
+            eventually(lambda: sum(body == b"{}" for _, body in list(backend.requests)) == 2)
+            go.release(3)
+            assert [client.reply().status for client in (one, two, three)] == [200] * 3
+
+
+def test_a_drain_serves_those_who_wait():
+    go = threading.Semaphore(0)
+    with PlayedBackend(gated(go)) as backend, Process(
+            "--port=0", BACKEND_URL=backend.url, MAX_CONCURRENT_REQUESTS="1", QUEUE_TIMEOUT="90"
+            ) as process, Client(process.port) as first, Client(process.port) as second:
+        first.send(request(body=CHAT))
+        eventually(lambda: backend.requests)
+        second.send(request(body=CHAT))
+        eventually(lambda: queued(process.port) == 1)
+        stop(process)
+        go.release(2)
+        assert first.reply().status == second.reply().status == 200 and process.wait() == 0
+
+
+# -- CORS ------------------------------------------------------------------------------------------
+
+ORIGIN = "https://app.example"
+ORIGINS = f"http://localhost:3000,{ORIGIN}"
+ALLOWED, PREFLIGHT = "access-control-allow-origin", "Access-Control-Request-Method: POST"
+
+
+def listed(reply, name):
+    """Return the lower-case items of the fields of that name as a set."""
+    return {item.strip().lower() for value in reply.all(name) for item in value.split(",")}
+
+
+def test_all_replies_to_an_allowed_origin_say_so_errors_and_streams_included():
+    go, origin, key = threading.Semaphore(0), f"Origin: {ORIGIN}", bearer("k")
+    theirs = response(b"{}", "404 No", "Vary: Accept", "Access-Control-Allow-Origin: *",
+                      "Access-Control-Allow-Credentials: true")
+    def script(played, number):
+        if number == 3:
+            return stepwise(go, STREAM_HEAD, chunked(DONE))(played, number)
+        played.request()
+        played.send(b"no HTTP\r\n\r\n" if number == 1 else theirs)
+    with forward(script, cors_origins=ORIGINS, api_keys="k", max_body_bytes=1000,
+                 max_concurrent_requests=1) as (port, _), Client(port) as stream:
+        for status, method, path, body, *fields in (
+                (502, "POST", FILES, CHAT, key), (404, "POST", FILES, CHAT, key),
+                (200, "GET", "/healthz", b""), (401, "POST", CHATS, CHAT),
+                (404, "GET", "/nothing", b"", key), (405, "POST", "/healthz", b""),
+                (413, "POST", CHATS, b"x" * 1001, key), (400, "POST", CHATS, b"{", key),
+                (417, "GET", MODELS, b"", "Expect: x", key), (200, "POST", CHATS, STREAM, key),
+                (429, "POST", CHATS, CHAT, key), (200, "GET", "/metrics", b"", key)):
+            if body == STREAM:
+                go.release()
+                reply = stream.send(request(method, path, body, origin, *fields)).head()
+            else:
+                reply = ask(port, method, path, body, origin, *fields)
+            assert (reply.status, reply.one(ALLOWED)) == (status, ORIGIN), (path, reply.fields)
+            exposed = listed(reply, "access-control-expose-headers")
+            assert exposed >= {"x-request-id", "retry-after", "retry-after-ms"}
+            assert listed(reply, "vary") >= {"origin", *["accept"] * (reply.reason == "No")}
+            assert not reply.all("access-control-allow-credentials")
+        go.release()
+        stream.until(b"0\r\n\r\n")
+
+
+@pytest.mark.parametrize(("origins", "origin", "expected"), [
+    (ORIGINS, None, ()), (ORIGINS, "https://evil.example", ()), (ORIGINS, "http://app.example", ()),
+    (ORIGINS, "null", ()), (ORIGINS, ORIGIN + ".evil.example", ()), (ORIGINS, ORIGINS, ()),
+    (ORIGINS, "*", ()), (ORIGINS, "http://localhost:3000", ("http://localhost:3000",)),
+    ("*", ORIGIN, ("*", ORIGIN)), ("", ORIGIN, ("theirs",))])
+def test_only_the_origins_that_are_set_are_allowed(origins, origin, expected):
+    """Even if the backend allows more; without CORS_ORIGINS its word alone counts."""
+    theirs = response(b"{}", "200 OK", "Access-Control-Allow-Origin: theirs")
+    fields = [f"Origin: {origin}"] if origin else []
+    with forward(answers(theirs), cors_origins=origins) as (port, _), Client(port) as client:
+        client.send(request("GET", "/healthz", b"", f"Origin: {ORIGIN}")).reply()  # leaves no trace
+        for method, path, *more in (("POST", FILES), ("OPTIONS", FILES, PREFLIGHT)):
+            reply = client.send(request(method, path, b"", *more, *fields)).reply()
+            assert len(reply.all(ALLOWED)) == bool(expected)
+            assert not expected or reply.one(ALLOWED) in expected
+        reply = client.send(request("GET", "/healthz", b"", *fields)).reply()
+        assert bool(reply.all(ALLOWED)) == bool(origins and expected)
+
+
+def test_a_preflight_needs_no_key_no_place_and_no_backend():
+    wanted = "authorization,content-type,x-request-id,x-stainless-os"
+    with crowd(2, cors_origins=ORIGINS) as (port, backend, clients, go):
+        reply = ask(port, "OPTIONS", CHATS, b"", f"Origin: {ORIGIN}", PREFLIGHT,
+                    f"Access-Control-Request-Headers: {wanted}")
+        assert reply.status == 204 and not reply.all("content-length")
+        assert reply.one(ALLOWED) == ORIGIN and reply.one("x-request-id")
+        assert listed(reply, "access-control-allow-methods") >= {"get", "post", "delete"}
+        assert listed(reply, "access-control-allow-headers") >= set(wanted.split(","))
+        go.release(2)
+        assert [client.reply().status for client in clients] == [200] * 2
+        assert len(backend.requests) == 2
+    with serve(cors_origins=ORIGINS, api_keys="k") as server:
+        for fields in ((PREFLIGHT, f"Origin: {ORIGIN}"), (f"Origin: {ORIGIN}",), (PREFLIGHT,)):
+            status = ask(server.port, "OPTIONS", CHATS, b"", *fields).status
+            assert status == (204 if len(fields) == 2 else 401)
+
+
+# -- TLS -------------------------------------------------------------------------------------------
+
+KEY, _, OLD = KEY_AND_CERTIFICATE.partition("-----BEGIN C")
+OLD = ssl.PEM_cert_to_DER_cert("-----BEGIN C" + OLD)
+NEW = OLD.replace(b"\2\1\1", b"\2\1\2", 1)  # another serial number
+POINT = base64.b64decode(
+    b"Zb1aC2SXBC7Ff4LPM4TU/Xiv3ahEAsNKqVxWtnygoKdVH6zwDO3GzDzG8vE2dG+EUdroJyyhmQhZzV2s+kazwQ==")
+STRANGE = OLD.replace(base64.b64decode(KEY[28:-26])[-64:], POINT)  # of another key
+OLD, NEW, STRANGE = map(ssl.DER_cert_to_PEM_cert, (OLD, NEW, STRANGE))
+
+
+class TLSClient(Client):
+    """A client by TLS, for which an end without a closure alert is an error."""
+
+    def __init__(self, port, **limits):
+        super().__init__(port)
+        context = ssl.create_default_context(cadata=OLD + NEW)
+        for name, value in limits.items():
+            setattr(context, name, value)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.socket)
+            self.socket = context.wrap_socket(
+                self.socket, server_hostname="localhost", suppress_ragged_eofs=False)
+            stack.pop_all()
+
+
+def client_hello(minor):
+    """Return the first message of a client that speaks TLS 1.`minor` at most, 1 or 2."""
+    context, out = ssl.create_default_context(), ssl.MemoryBIO()
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers("ALL:@SECLEVEL=0")
+    with contextlib.suppress(ssl.SSLWantReadError):
+        context.wrap_bio(ssl.MemoryBIO(), out, server_hostname="localhost").do_handshake()
+    hello = bytearray(out.read())
+    hello[10] = minor + 1
+    return bytes(hello)
+
+
+@pytest.fixture
+def by_tls(pem):
+    """The settings with which a gateway speaks TLS."""
+    return {"tls_cert_file": pem, "tls_key_file": pem}
+
+
+@pytest.mark.parametrize("version", ("TLSv1_2", "TLSv1_3"))
+def test_over_tls_all_is_as_without(by_tls, version):
+    exactly = ssl.TLSVersion[version]
+    with serve(**by_tls) as server, TLSClient(
+            server.port, minimum_version=exactly, maximum_version=exactly) as client:
+        assert client.send(HEALTH).reply().json() == OK
+        assert client.send(request(body=STREAM)).reply().events()[-1] == "[DONE]"
+        client.send((request(body=CHAT) + HEALTH + request("GET", "/nothing")) * 30)
+        assert [client.reply().status for _ in range(90)] == [200, 200, 404] * 30
+        begin(None, client)
+        assert said(client.send(CHAT).reply()) == "Echo: Hello, world!"
+        client.send(request("GET", "/healthz", b"", "Connection: close"))
+        assert client.reply().json() == OK and client.is_closed()
+
+
+def test_big_bodies_pass_both_ways_by_tls(by_tls):
+    body = os.urandom(1 << 20) * 8
+    with forward(mirror, max_body_bytes=len(body), **by_tls) as (port, backend):
+        with TLSClient(port) as client:
+            for data in (request("POST", FILES, body), b"POST /v1/files HTTP/1.1\r\nHost: t\r\n"
+                         b"Transfer-Encoding: chunked\r\n\r\n" + chunked(body[:99], body[99:])):
+                assert client.send(data).reply().body == body == backend.requests[-1][1]
+                assert seen(backend).one("x-forwarded-proto") == "https"
+            assert client.send(request("POST", FILES, body + b"x")).reply().status == 413
+
+
+@pytest.mark.parametrize("whole", (True, False))
+def test_a_tls_client_of_http_1_0_gets_a_closure_alert_behind_a_whole_body_alone(by_tls, whole):
+    def script(played, number):
+        played.request()
+        played.send(CHUNKED_HEAD + chunked(b"x" * 999_999, b"data", end=whole))
+    with forward(script, **by_tls) as (port, _), TLSClient(port) as client:
+        assert client.send(request("GET", FILES, version="1.0")).head().status == 200
+        with contextlib.nullcontext() if whole else pytest.raises((ssl.SSLError, ConnectionError)):
+            while piece := client.socket.recv(65536):
+                client.buffer += piece
+        assert not whole or client.buffer == b"x" * 999_999 + b"data"
+
+
+@pytest.mark.parametrize("pieces", [(), (STREAM_HEAD, chunked(b"data: 1\n\n", end=False))])
+@pytest.mark.parametrize("leave", ("FIN", "RST"))
+def test_a_tls_client_that_leaves_cancels_the_backend(by_tls, capfd, pieces, leave):
+    go = threading.Semaphore(0)
+    with forward(stepwise(go, *pieces), **by_tls) as (port, backend), TLSClient(port) as client:
+        client.send(request(body=STREAM))
+        for _, text in zip(pieces, (b"\r\n\r\n", b"data: 1\n\n")):
+            go.release()
+            wait_for(client, text)  # at once: the backend's next piece needs another `go`
+        eventually(lambda: backend.requests)
+        client.vanish() if leave == "RST" else client.socket.close()
+        eventually(lambda: backend.ended)
+        wait_for_log(capfd, " 499 .*client_closed")
+
+
+def test_a_tls_client_that_reads_nothing_is_given_up(by_tls, capfd):
+    def script(played, number):
+        played.request()
+        with contextlib.suppress(ConnectionError):
+            played.send(CHUNKED_HEAD + chunked(b"x" * (1 << 26), end=False))
+        played.wait_for_end()
+    with forward(script, client_timeout=1, **by_tls) as (port, backend), TLSClient(port) as client:
+        client.send(request(body=CHAT))
+        eventually(lambda: backend.ended)
+        wait_for_log(capfd, " 499 ")
+
+
+def test_a_silent_tls_client_stops_nobody_and_is_given_up(by_tls):
+    hello = client_hello(2)
+    with serve(client_timeout=SECONDS * 3, **by_tls) as server, contextlib.ExitStack() as stack:
+        for n in range(40):
+            stack.enter_context(Client(server.port)).send(hello[:n % 2 * 99])
+        with TLSClient(server.port) as client:
+            assert client.send(HEALTH).reply().json() == OK
+    with serve(client_timeout=0.5, **by_tls) as server, Client(server.port) as silent, Client(
+            server.port) as slow:
+        with contextlib.suppress(ConnectionError):
+            drip(slow, hello, 0.1)
+        for client in (silent, slow):
+            while client.more():
+                pass
+            assert not client.buffer.startswith(b"HTTP")
+
+
+def test_neither_silent_nor_idle_tls_clients_delay_the_exit(pem):
+    with Process("--port=0", TLS_CERT_FILE=pem, TLS_KEY_FILE=pem, CLIENT_TIMEOUT="3600",
+                 SHUTDOWN_TIMEOUT="3600") as process, Client(process.port), \
+            TLSClient(process.port) as new, TLSClient(process.port) as used:
+        assert used.send(HEALTH).reply().status == 200
+        os.kill(process.pid, signal.SIGTERM)
+        for client in (new, used):  # with an alert or without: no reply is owed
+            with contextlib.suppress(ssl.SSLError):
+                assert client.is_closed()
+        assert process.wait() == 0
+
+
+@pytest.mark.parametrize("data", (
+    HEALTH, b"\r\n", b"\x16\x03\x01\0\5\1\0\0\1\0", b"\xff" * 300, HEALTH * 999, None))
+def test_what_is_no_tls_gets_no_service_on_the_tls_port_and_harms_nobody(by_tls, log, data):
+    with serve(client_timeout=1, **by_tls) as server, Client(server.port) as client:
+        with contextlib.suppress(ConnectionError):
+            client.vanish() if data is None else client.send(data)
+        while data and client.more():
+            pass
+        assert b'"status"' not in client.buffer and b" 200 " not in client.buffer
+        with TLSClient(server.port) as other:
+            assert other.send(HEALTH).reply().json() == OK
+    assert not re.search("(?i)traceback|internal", "\n".join(log))
+
+
+@pytest.mark.parametrize(("minor", "record"), [(2, b"\x16\x03\x03"), (1, b"\x15\x03")])
+def test_tls_1_1_is_refused_by_an_alert(by_tls, minor, record):
+    with serve(**by_tls) as server, Client(server.port) as client:
+        client.send(client_hello(minor))
+        assert client.more() and client.buffer.startswith(record)
+        assert minor == 2 or client.buffer[5:7] == b"\2\x46"  # fatal: protocol_version
+
+
+# -- SIGHUP ----------------------------------------------------------------------------------------
+
+
+def hang_up(process, *names):
+    """Send SIGHUP; wait for a new line of the log that holds one of the names."""
+    before = len(process.lines)
+    os.kill(process.pid, signal.SIGHUP)
+    eventually(lambda: any(name in line for line in process.lines[before:] for name in names))
+
+
+def test_sighup_loads_a_new_certificate_and_keeps_the_old_one_if_it_is_bad(tmp_path):
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    with Process("--port=0", TLS_CERT_FILE=as_file(cert, OLD), TLS_KEY_FILE=as_file(key, KEY)
+                 ) as process, TLSClient(process.port) as before:
+        def shown():
+            with TLSClient(process.port) as client:
+                assert client.send(HEALTH).reply().status == 200
+                return ssl.DER_cert_to_PEM_cert(client.socket.getpeercert(True))
+        assert before.send(HEALTH).reply().status == 200 and shown() == OLD
+        as_file(cert, NEW)
+        os.kill(process.pid, signal.SIGHUP)
+        eventually(lambda: shown() == NEW)
+        for path, bad in ((cert, STRANGE), (cert, "none"), (key, ""), (cert, None)):
+            good = path.read_text()
+            as_file(path, bad)
+            hang_up(process, "TLS_", "tls_", str(path))
+            assert shown() == NEW
+            as_file(path, good)
+        assert before.send(HEALTH).reply().status == 200
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait() == 0 and not re.search("Traceback|PRIVATE", process.log)
+
+
+def test_sighup_rereads_the_key_files_and_keeps_the_old_keys_if_the_new_are_bad(tmp_path):
+    keys, ours = tmp_path / "keys", tmp_path / "ours"
+    with PlayedBackend(answers(response())) as backend, Process(
+            "--port=0", BACKEND_URL=backend.url, BACKEND_API_KEY_FILE=as_file(ours, "s3cret-1"),
+            API_KEYS_FILE=as_file(keys, "s3cret-old"), API_KEYS="s3cret-fixed"
+            ) as process, Client(process.port) as client:
+        def accepted():
+            replies = [client.send(request("GET", MODELS, b"", bearer("s3cret-" + key))).reply()
+                       for key in ("old", "new", "fixed")]
+            return [reply.status for reply in replies], seen(backend).one("authorization")[-1]
+        assert accepted() == ([200, 401, 200], "1")
+        as_file(keys, "new=s3cret-new\n"), as_file(ours, "s3cret-2\n")
+        os.kill(process.pid, signal.SIGHUP)
+        eventually(lambda: accepted() == ([401, 200, 200], "2"))  # on an old connection, too
+        for path, name in ((keys, "API_KEYS_FILE"), (ours, "BACKEND_API_KEY_FILE")):
+            good = path.read_text()
+            for bad in ("", "# none\n", "s3cret two\n", None):
+                as_file(path, bad)
+                hang_up(process, name, str(path))
+                assert accepted() == ([401, 200, 200], "2")
+            as_file(path, good)
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait() == 0 and " key=new " in process.log and "s3cret" not in process.log
+
+
+def test_sighup_without_files_amid_a_request_harms_nobody():
+    with Process("--port=0") as process, Client(process.port) as client:
+        begin(process, client)
+        for _ in range(3):
+            os.kill(process.pid, signal.SIGHUP)
+        assert client.send(CHAT).reply().status == 200 and process.process.poll() is None
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait() == 0
+
+
+# -- traceparent -----------------------------------------------------------------------------------
+
+TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+
+
+@pytest.mark.parametrize(("parents", "is_valid"), [
+    ((f"00-{TRACE}-{SPAN}-01",), True), ((f"cc-{TRACE}-{SPAN}-00-more",), True), ((), False),
+    ((f"00-{'0' * 32}-{SPAN}-01",), False), ((f"00-{TRACE.upper()}-{SPAN}-01",), False),
+    ((f"ff-{TRACE}-{SPAN}-01",), False), ((f"00-{TRACE}-{'0' * 16}-01",), False),
+    ((f"00-{TRACE[1:]}-{SPAN}-01",), False), ((f"00-{TRACE}-{SPAN}-01-more",), False),
+    ((TRACE,), False), (('"\\ \xe9',), False), ((f"00-{TRACE}-{SPAN}-01",) * 2, False)])
+def test_trace_fields_pass_as_they_are_and_a_valid_trace_id_is_logged(parents, is_valid, log):
+    """W3C Trace Context, 3.2.2: only versions above 00 may have more, and ff is none."""
+    fields = [*[f"TraceParent: {parent}" for parent in parents],
+              "tracestate: rojo=1 , congo=t61", "TRACESTATE: b=2"]
+    with forward(answers(response()), log_format="json") as (port, backend):
+        assert ask(port, "POST", CHATS, CHAT, *fields).status == 200
+        lines = backend.requests[0][0].decode("latin-1").split("\r\n")
+        assert [line for line in lines if line.lower().startswith("trace")] == fields
+        assert json.loads(lines_of(log)[0])["trace_id"] == (TRACE if is_valid else "-")
+
+
+# -- 4. Observability: /metrics --------------------------------------------------------------------
+
+CHAT_PATH = "/v1/chat/completions"
+DURATION, TTFT, OVERHEAD, USAGE, REQUESTS, TRIES = (
+    "gen_ai_server_request_duration_seconds", "gen_ai_server_time_to_first_token_seconds",
+    "gateway_overhead_seconds", "gen_ai_client_token_usage", "gateway_requests_total",
+    "gateway_backend_requests_total")
+IN_FLIGHT, QUEUE, LEFT, RETRIES, UP = (
+    "gateway_requests_in_flight", "gateway_queue_depth", "gateway_client_disconnects_total",
+    "gateway_retries_total", "gateway_backend_up")
+METRIC_TYPES = {
+    **dict.fromkeys((DURATION, TTFT, OVERHEAD, USAGE), "histogram"),
+    **dict.fromkeys((REQUESTS, TRIES, LEFT, RETRIES), "counter"),
+    **dict.fromkeys((IN_FLIGHT, QUEUE, UP, "gateway_build_info"), "gauge")}
+RECOMMENDED = {  # bounds of buckets: OpenTelemetry's semantic conventions for generative AI
+    DURATION: [0.01 * 2 ** n for n in range(14)], USAGE: [4 ** n for n in range(14)],
+    TTFT: [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10]}
+LABEL = r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\\n]|\\[\\"n])*)"'
+FAMILY = re.compile(r"# HELP ([a-z_]+) (?:[^\\\n]|\\[\\n])+\n# TYPE ([a-z_]+) ([a-z]+)\n")
+SAMPLE = re.compile(rf"([a-z_]+)(?:\{{({LABEL}(?:,{LABEL})*)\}})? (\S+)\n")
+
+
+def labelled(name, **labels):
+    """Return a sample's name with its labels, in the one order that is used here."""
+    inner = ",".join(f'{key}="{value}"' for key, value in sorted(labels.items()))
+    return f"{name}{{{inner}}}" if inner else name
+
+
+def exposition(text):
+    """Parse Prometheus's text format more strictly than Prometheus does; return the families'
+    types, and the samples as {name with labels: value}. None of ours is below 0, or NaN."""
+    types, samples, buckets, at = {}, {}, {}, 0
+    while at < len(text):
+        if begun := FAMILY.match(text, at):  # HELP and TYPE, and behind them all its samples
+            family, named, kind = begun.groups()
+            assert family == named and family not in types
+            types[family], at = kind, begun.end()
+            continue
+        line = SAMPLE.match(text, at)
+        assert line, text[at:at + 200]
+        at, name, pairs = line.end(), line[1], re.findall(LABEL, line[2] or "")
+        labels, value, end = dict(pairs), float(line[line.lastindex]), name.removeprefix(family)
+        key, bound = labelled(name, **labels), labels.pop("le", None)
+        assert key not in samples and 0 <= value < float("inf"), line[0]
+        assert len(pairs) == len(labels) + (bound is not None), line[0]
+        assert end in (("_bucket", "_sum", "_count") if kind == "histogram" else ("",)), line[0]
+        assert (kind == "counter") is name.endswith("_total"), line[0]
+        assert (bound is None) is (end != "_bucket"), line[0]
+        samples[key] = value
+        if end:
+            series = buckets.setdefault((family, *labels.items()), [])
+            series += [(float(bound), value)] if bound else []
+    for (family, *labels), pairs in buckets.items():  # of bound and number, both rising
+        assert pairs == list(zip(*map(sorted, zip(*pairs)))) and pairs[-1] == (
+            float("inf"), samples[labelled(f"{family}_count", **dict(labels))])
+        assert labelled(f"{family}_sum", **dict(labels)) in samples
+    return types, samples
+
+
+class Meter(Client):
+    """Scrapes /metrics on one connection, on which our own scrapes are counted one by one."""
+
+    def __init__(self, port):
+        super().__init__(port)
+        self.scrapes = 0
+        self.begin()
+
+    def scrape(self):
+        """Return the samples of now, but for what our own scrapes have added."""
+        reply, ours = self.send(request("GET", "/metrics")).reply(), labelled(
+            REQUESTS, status="200", outcome="ok")
+        self.types, samples = exposition(reply.body.decode())
+        samples[ours] = samples.get(ours, 0) - self.scrapes
+        self.scrapes += 1
+        return samples
+
+    def begin(self):
+        """Count from here."""
+        self.start = self.scrape()
+
+    def moved(self, pattern=""):
+        """Return by what those that match have changed; of times, how many there were."""
+        return {name: value - self.start.get(name, 0) for name, value in self.scrape().items()
+                if value != self.start.get(name, 0) and re.search(pattern, name)
+                and not re.search("_seconds_sum|_bucket", name)}
+
+    def expect(self, moves, pattern=""):
+        """Wait until those that match have moved so, and no others; count anew from there."""
+        with contextlib.suppress(AssertionError):
+            eventually(lambda: self.moved(pattern) == moves)
+        assert self.moved(pattern) == moves
+        self.begin()
+
+
+def test_metrics_are_prometheus_s_text_with_help_and_type_of_every_family():
+    odd = dead_address() + '/a"b\\c'  # a backend's address is the label that could need escapes
+    with serve(backend_url=f"{dead_address()},{odd}") as server, Meter(server.port) as meter:
+        assert meter.types == METRIC_TYPES
+        assert meter.start[labelled("gateway_build_info", version=gateway.__version__)] == 1
+        odd = odd.replace("\\", "\\\\").replace('"', '\\"')
+        assert meter.start[labelled(UP, backend=odd)] == 1
+        head, get, post = (ask(server.port, how, "/metrics") for how in ("HEAD", "GET", "POST"))
+        assert [(r.status, bool(r.body)) for r in (head, get, post)] == [
+            (200, False), (200, True), (405, True)]
+        kind = "text/plain; version=0.0.4; charset=utf-8"
+        assert get.one("content-type") == head.one("content-type") == kind
+    with forward(stream_of(USED)) as (port, _), Meter(port) as meter:
+        assert ask(port, body=STREAM).status == 200
+        meter.expect(tokens_of((7, 5)), "token_usage")
+        for family, recommended in RECOMMENDED.items():
+            bounds = {float(bound) for name in meter.start if name.startswith(family)
+                      for bound in re.findall(r'le="([^+"]+)"', name)}
+            assert bounds >= set(recommended) and 600 <= max(bounds) and len(bounds) < 30
+
+
+def moves(status, outcome, *tries, operation=None, forwarded=True, ttft=False):
+    """Return what a request moves; `tries` are pairs of a backend and an outcome there."""
+    names = [labelled(REQUESTS, status=status, outcome=outcome), *[RETRIES] * (len(tries) - 1),
+             *(labelled(TRIES, backend=backend, outcome=kind) for backend, kind in tries),
+             *[f"{OVERHEAD}_count"] * forwarded, *[LEFT] * (outcome == "client_closed")]
+    for family in (DURATION,) * bool(operation) + (TTFT,) * ttft:
+        names.append(labelled(f"{family}_count", gen_ai_operation_name=operation))
+    return {name: names.count(name) for name in names}
+
+
+def closes(data):
+    """Return a script that answers a request with this, and closes."""
+    return lambda played, number: played.request() and played.send(data)
+
+
+def silent(played, number):
+    """Read a request, and wait for the gateway to give up."""
+    if played.request():
+        played.wait_for_end()
+
+
+def events_of(*events, gap=b"\n\n"):
+    """Return events, whose data may be bytes or is JSON, as bytes."""
+    return [b"data: " + (e if isinstance(e, bytes) else json.dumps(e).encode()) + gap
+            for e in events]
+
+
+def stream_of(*events):
+    """Return a script that answers with these events, a chunk each, and [DONE]."""
+    return answers(STREAM_HEAD + chunked(*events_of(*events, b"[DONE]")))
+
+
+FINE, ABSENT, BUSY = (response(b"{}", status) for status in (
+    "200 OK", "404 Not Found", "503 Service Unavailable"))
+SAID = {"choices": [{"index": 0, "delta": {"content": "Hi"}}]}
+OPENAI = {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}
+USED = {"choices": [], "usage": OPENAI}
+TO_CHAT, TO_STREAM = request(body=CHAT), request(body=STREAM)
+TO_TEXT, TO_EMBED, TO_RANK, TO_FILES = (
+    request(path=f"/v1/{name}", body=CHAT) for name in (
+        "completions", "embeddings?a=b", "rerank", "files"))
+TRAFFIC = {  # (what the backend does, what is asked; what moves: status, outcome, try, operation)
+    "whole": (answers(FINE), TO_CHAT, "200", "ok", "2xx", "chat"),
+    "stream": (stream_of(SAID), TO_STREAM, "200", "ok", "2xx", "chat"),
+    "text": (answers(FINE), TO_TEXT, "200", "ok", "2xx", "text_completion"),
+    "embeddings": (answers(FINE), TO_EMBED, "200", "ok", "2xx", "embeddings"),
+    "rerank": (answers(FINE), TO_RANK, "200", "ok", "2xx", "other"),
+    "files": (answers(FINE), TO_FILES, "200", "ok", "2xx", None),
+    "absent": (answers(ABSENT), TO_CHAT, "404", "ok", "4xx", "chat"),
+    "no stream": (answers(ABSENT), TO_STREAM, "404", "ok", "4xx", "chat"),
+    "health": (None, HEALTH, "200", "ok", None, None),
+    "unknown": (None, request("GET", "/"), "404", "refused", None, None),
+    "malformed": (None, b"nonsense\r\n\r\n", "400", "refused", None, None),
+    "no JSON": (None, request(body=b"{"), "400", "refused", None, "chat"),
+    "garbage": (closes(b"\0\r\n\r\n"), TO_FILES, "502", "failed", "backend_error", None),
+    "silence": (silent, TO_CHAT, "504", "failed", "backend_timeout", "chat"),
+    "cut": (closes(response(b"{}    ")[:-3]), TO_CHAT, "200", "cut", "2xx", "chat"),
+    "cut stream": (closes(STREAM_HEAD + chunked(b"data: {}\n\n", end=False)), TO_STREAM,
+                   "200", "cut", "2xx", "chat")}
+
+
+@pytest.mark.parametrize("case", TRAFFIC)
+def test_each_request_moves_just_the_metrics_that_it_should(case):
+    script, data, status, outcome, kind, operation = TRAFFIC[case]
+    with forward(script, backend_timeout=0.5 if script is silent else SECONDS) as (port, backend):
+        with Meter(port) as meter, Client(port) as client:
+            client.send(data).reply()
+            meter.expect(moves(  # and one that fails is down, besides
+                status, outcome, *[(backend.url, kind)] * bool(kind), operation=operation,
+                forwarded=bool(kind or operation), ttft="stream" in case and status == "200"),
+                f"^(?!{UP})")
+
+
+@pytest.mark.parametrize(("first", "second", "status", "outcome", "kinds"), [
+    (BUSY, FINE, 200, "ok", ("5xx", "2xx")), (BUSY, BUSY, 503, "ok", ("5xx", "5xx")),
+    (b"", FINE, 200, "ok", ("backend_error", "2xx")),
+    (None, FINE, 200, "ok", ("backend_unreachable", "2xx")),
+    (None, BUSY, 503, "ok", ("backend_unreachable", "5xx")),
+    (None, None, 503, "failed", ("backend_unreachable", "backend_unreachable"))])
+def test_a_retry_is_counted_with_each_try_and_gateway_backend_up_tells_who_is_down(
+        first, second, status, outcome, kinds):
+    with PlayedBackend(closes(first)) as one, PlayedBackend(closes(second)) as other:
+        urls = [dead_address() if reply is None else backend.url
+                for reply, backend in ((first, one), (second, other))]
+        with serve(backend_url=",".join(urls)) as server, Meter(server.port) as meter:
+            assert ask(server.port, body=CHAT).status == status
+            meter.expect(moves(str(status), outcome, *zip(urls, kinds), operation="chat") | {
+                labelled(UP, backend=url): -1 for url, kind in zip(urls, kinds) if kind != "2xx"})
+
+
+def test_who_leaves_is_counted_and_what_is_in_flight_or_waits_is_told_while_it_does():
+    with forward(silent, max_concurrent_requests=1, queue_timeout=SECONDS) as (port, backend):
+        with Meter(port) as meter, Client(port) as first, Client(port) as second:
+            first.send(TO_CHAT)
+            eventually(lambda: backend.requests)
+            meter.expect({IN_FLIGHT: 1})
+            second.send(TO_STREAM)
+            meter.expect({QUEUE: 1})
+            for client, gauge, tries in (
+                    (second, QUEUE, ()), (first, IN_FLIGHT, [(backend.url, "cancelled")])):
+                client.vanish()
+                meter.expect({gauge: -1} | moves(
+                    "499", "client_closed", *tries, operation="chat", forwarded=False))
+
+
+QUOTED = 'it says "usage": {"prompt_tokens": 900, "completion_tokens": 900}'
+DETAILED = {"prompt_tokens_details": {"cached_tokens": 3}, **OPENAI,
+            "completion_tokens_details": {"reasoning_tokens": 4}}
+RESPONSES = {"input_tokens": 7, "input_tokens_details": {"cached_tokens": 3}, "output_tokens": 5,
+             "output_tokens_details": {"reasoning_tokens": 4}, "total_tokens": 12}
+LONG, NOTHING = {"choices": ["x" * 300_000]}, (None, None)
+ANSWERED = {  # what is answered, a list as a stream; what is counted
+    "whole": (USED | {"service_tier": "default"}, (7, 5)), "long": (LONG | USED, (7, 5)),
+    "details": ({"usage": DETAILED} | SAID, (7, 5)),
+    "embedding": ({"data": [], "usage": {"prompt_tokens": 7, "total_tokens": 7}}, (7, None)),
+    "responses": ({"object": "response", "usage": RESPONSES, "user": None}, (7, 5)),
+    "the word": ({"usage": OPENAI, "choices": [{"message": {"content": "usage"}}]}, (7, 5)),
+    "quoted": ({"usage": OPENAI, "choices": [QUOTED]}, (7, 5)),
+    "just quoted": ({"choices": [QUOTED]}, NOTHING), "null": ({"usage": None}, NOTHING),
+    "a list": ({"usage": [7, 5]}, NOTHING), "none": (SAID, NOTHING),
+    "odd": ({"usage": {"prompt_tokens": "7", "completion_tokens": -5}}, NOTHING),
+    "odder": ({"usage": {"prompt_tokens": True, "completion_tokens": 5.5}}, NOTHING),
+    "absurd": ({"usage": {"prompt_tokens": 10 ** 400, "completion_tokens": None}}, NOTHING),
+    "stream": ([SAID | {"usage": None}, SAID, USED], (7, 5)), "long stream": ([LONG, USED], (7, 5)),
+    "each chunk": ([SAID | {"usage": OPENAI | {"completion_tokens": n}} for n in range(6)], (7, 5)),
+    "all but the last": ([USED, SAID], (7, 5)), "null at last": ([USED, {"usage": None}], (7, 5)),
+    "stream without": ([SAID, {"choices": [QUOTED]}], NOTHING),
+    "broken": ([b'{"usage": {"prompt_tokens": 900', USED], (7, 5)),
+    "responses stream": ([{"response": {"usage": use}} for use in (None, RESPONSES)], (7, 5))}
+
+
+def tokens_of(counts, times=1):
+    """Return what the usage of so many answers moves."""
+    return {labelled(f"{USAGE}_{end}", gen_ai_token_type=kind): value * times
+            for kind, count in zip(("input", "output"), counts) if count is not None
+            for end, value in (("count", 1), ("sum", count))}
+
+
+@pytest.mark.parametrize("way", ("one piece", "pieces", "close", "CR LF", "gzip"))
+@pytest.mark.parametrize("case", ANSWERED)
+def test_the_usage_that_an_answer_bears_is_counted_once_and_the_answer_is_not_touched(
+        case, way, capfd):
+    (answer, counts), gap = ANSWERED[case], b"\r\n\r\n" if way == "CR LF" else b"\n\n"
+    stream = isinstance(answer, list)
+    body = b"".join(events_of(*answer, b"[DONE]", gap=gap) if stream
+                    else [json.dumps(answer).encode()])
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\n" % (
+        b"text/event-stream" if stream else b"application/json")
+    if way == "gzip":
+        head, body, counts = head + b"Content-Encoding: gzip\r\n", gzip.compress(body), NOTHING
+    size = len(body) if way == "one piece" else 4001 if len(body) > 4001 else 7
+    pieces = [body[at:at + size] for at in range(0, len(body), size)]
+    data = head + (b"\r\n" + body if way == "close"
+                   else b"Transfer-Encoding: chunked\r\n\r\n" + chunked(*pieces))
+    path = "/v1/responses" if case.startswith("responses") else CHAT_PATH
+    with forward(closes(data)) as (port, _), Meter(port) as meter:
+        reply = ask(port, "POST", path, STREAM if stream else CHAT)
+        assert reply.status == 200 and reply.body == body and not reply.cut
+        wait_for_log(capfd, " 200 POST ")  # it has been counted, if that is what it does
+        meter.expect(tokens_of(counts), "token_usage")
+
+
+@pytest.mark.parametrize("stream", (False, True))
+def test_usage_is_found_wherever_an_answer_is_split(stream):
+    data = (STREAM_HEAD + chunked(*events_of(USED, b"[DONE]")) if stream
+            else response(json.dumps(USED).encode()))
+    splits = range(data.index(b"usage") - 3, len(data))
+    def script(played, number):
+        while read := played.request():
+            send_in_two(played, data[:case_of(read[0])], data[case_of(read[0]):])
+    with forward(script) as (port, _), Meter(port) as meter, Client(port) as client:
+        for split in splits:
+            assert client.send(request(path=f"{CHAT_PATH}?{split}", body=CHAT)).reply().body
+        meter.expect(tokens_of((7, 5), len(splits)), "token_usage")
+
+
+def test_neither_clients_nor_backends_can_make_metrics_grow_or_show_what_they_sent():
+    def script(played, number):
+        while read := played.request():
+            played.send(response(b"", f"{case_of(read[0])} Hostile" if b"?" in read[0] else "200 "))
+    sizes = []
+    with forward(script) as (port, _), Meter(port) as meter:
+        for turn in range(3):
+            for n in range(30):
+                name = f"hostile-{turn}-{n}"
+                for asked in (
+                        (name, "/v1/models"), (name, "/metrics"), ("GET", f"/{name}"),
+                        ("GET", f"/v1/{name}"), ("POST", f"/v1/{name}", chat("", model=name)),
+                        ("POST", CHAT_PATH, chat("", model=name, stream=True),
+                         f"X-Request-ID: {name}", f"Authorization: {name}", f"User-Agent: {name}"),
+                        ("POST", f"{CHAT_PATH}?{200 + 9 * n + 270 * turn}", CHAT)):
+                    ask(port, *asked)
+            eventually(lambda: sum(meter.moved(REQUESTS).values()) == 30 * 7 * (turn + 1))
+            samples = meter.scrape()
+            assert not [name for name in samples if "hostile" in name.lower()]
+            sizes.append(len(samples))
+    assert sizes[2] < 500 and sizes[2] - sizes[0] < 40  # a few more statuses of the backend
+
+
+def test_times_begin_and_end_where_they_should_and_overhead_is_ours_alone():
+    def passes(seconds=0.4):
+        end = time.monotonic() + seconds  # what is measured is time: some has to go by
+        eventually(lambda: time.monotonic() > end)
+    go, script = threading.Semaphore(0), (STREAM_HEAD, *(
+        chunked(event, end=False) for event in (b"data: {}\n\n", DONE)), b"0\r\n\r\n")
+    with forward(stepwise(go, *script)) as (port, _), Meter(port) as meter, Client(port) as client:
+        client.send(TO_STREAM[:-9])
+        passes()  # at the client
+        client.send(TO_STREAM[-9:])
+        for text, seconds in (
+                (b"\r\n\r\n", 0.8), (b"data: {}", 0.8), (b"DONE", 0.4), (b"0\r\n", 0)):
+            passes(seconds)  # at the backend
+            go.release()
+            client.until(text)
+        meter.expect({name: 1 for name in moves(
+            "", "", operation="chat", ttft=True) if "seconds" in name}, "_seconds")
+        total, first = (meter.start[labelled(f"{family}_sum", gen_ai_operation_name="chat")]
+                        for family in (DURATION, TTFT))
+        assert 1.6 <= first <= total - 0.4 and 0 < meter.start[f"{OVERHEAD}_sum"] < 0.8
+
+
+# -- 9. Processes: workers and their supervisor ----------------------------------------------------
+
+KILLED = {-signal.SIGTERM, 128 + signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGINT}
+
+
+def workers_of(process, number=2):
+    """Wait for a supervisor's workers; return their process ids."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    eventually(lambda: len(children.read_text().split()) == number)
+    return [int(pid) for pid in children.read_text().split()]
+
+
+def kill(pid):
+    """Kill a worker, but not so early that it counts as one that dies at its start."""
+    def age():
+        ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        up = float(Path("/proc/uptime").read_text().split()[0])
+        return up - ticks / os.sysconf("SC_CLK_TCK")
+    eventually(lambda: age() > 1.5)
+    os.kill(pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def held(pid):
+    """Stop a worker for a while: meanwhile, the others accept all connections."""
+    def is_stopped():
+        stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+        return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        eventually(is_stopped)
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def replacement(process, pid):
+    """Wait for the line about a worker that was killed; return the pid of the one in its place."""
+    line = rf"worker \d+ \(pid {pid}\) died of SIGKILL; pid (\d+) replaces it"
+    return int(eventually(lambda: re.search(line, process.log))[1])
+
+
+def ends(process, number=signal.SIGTERM):
+    """Signal a process; return its exit status, and whether nobody has its stderr open any more."""
+    os.kill(process.pid, number)
+    return process.wait(), not process.reader.is_alive()
+
+
+def at_fork(tmp_path, number, code):
+    """Return an environment in which the process that is forked as `number` begins with `code`."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal\nforks = []\nos.register_at_fork(before=lambda: forks.append(1),"
+        f" after_in_child=lambda: len(forks) == {number} and {code})\n")
+    return {"PYTHONPATH": str(tmp_path)}
+
+
+def test_any_worker_answers_for_all_and_each_probes_and_reads_the_keys_again(tmp_path):
+    (keys := tmp_path / "keys").write_text("old\n")
+    def script(played, number):
+        while read := played.request():
+            models = read[0].startswith(b"GET /v1/models ")
+            played.send(response(json.dumps({"data": [{"id": "m"}]} if models else USED).encode()))
+    with PlayedBackend(script) as backend, Process(
+            "--port=0", "--workers=2", BACKEND_URL=backend.url, PROBE_INTERVAL="0.1",
+            API_KEYS_FILE=str(keys)) as process:
+        pids, port = workers_of(process), process.port
+        def get(key, path="/v1/files", method="GET"):
+            return ask(port, method, path, b"", f"Authorization: Bearer {key}")
+        for pid, number in zip(pids, (3, 4)):
+            with held(pid):
+                eventually(lambda: get("", "/readyz").json()["backends"][0]["models"] == ["m"])
+                assert [get(key).status for key in ("new", *["old"] * number)] == [
+                    401, *[200] * number]
+        keys.write_text("new\n")
+        os.kill(process.pid, signal.SIGHUP)
+        for pid in pids:
+            with held(pid):
+                eventually(lambda: get("new").status == 200)
+                assert get("old").status == 401
+        for pid in pids:
+            with held(pid):
+                samples = exposition(get("new", "/metrics").body.decode())[1]
+                good = labelled(TRIES, backend=backend.url, outcome="2xx")
+                assert samples[good] == samples[f"{OVERHEAD}_count"] == 9, samples
+        assert process.log.count("listening on") == 1 and "Warning" not in process.log
+        assert ends(process) == (0, True)
+
+
+def test_a_killed_worker_takes_only_its_own_connections_with_it_and_is_replaced():
+    go = threading.Event()
+    def script(played, number):
+        while read := played.request():
+            assert b"wait" not in read[1] or go.wait(SECONDS)
+            played.send(response())
+    with (PlayedBackend(script) as backend, Process(
+            "--port=0", "--workers=2", BACKEND_URL=backend.url) as process,
+            contextlib.ExitStack() as stack):
+        port, clients, (victim, other) = process.port, {}, workers_of(process)
+        for pid, sibling in ((victim, other), (other, victim)):
+            with held(sibling):
+                assert ask(port, body=CHAT).status == 200
+                clients[pid] = [stack.enter_context(Client(port)) for _ in range(3)]
+                for client in clients[pid]:
+                    client.send(request(body=chat("wait")))
+                eventually(lambda: len(backend.requests) == 4 * len(clients))
+        with Meter(port) as meter:
+            eventually(lambda: meter.scrape()[IN_FLIGHT] == 6)
+        kill(victim)
+        assert all(client.is_closed() for client in clients[victim])
+        assert sorted([other, replacement(process, victim)]) == sorted(workers_of(process))
+        with held(other), Meter(port) as meter:
+            assert ask(port, body=CHAT).status == 200
+            eventually(lambda: meter.scrape()[IN_FLIGHT] == 3)
+        go.set()
+        assert [client.reply().status for client in clients[other]] == [200] * 3
+        with Meter(port) as meter:
+            good = labelled(TRIES, backend=backend.url, outcome="2xx")
+            eventually(lambda: [meter.scrape()[name] for name in (IN_FLIGHT, good)] == [0, 6])
+        assert ends(process) == (0, True) and process.log.count("replaces") == 1
+
+
+def test_workers_killed_under_load_cost_each_client_a_request_at_most_and_metrics_stay_sane():
+    over, done, begun, last, rounds = threading.Event(), [], [], {}, 3
+    def load(port):
+        while not over.is_set():
+            with contextlib.suppress(ConnectionError, AssertionError), Client(port) as client:
+                while not over.wait(0.002):
+                    begun.append(1)
+                    assert client.send(TO_STREAM).reply().events()[-1] == "[DONE]"
+                    done.append(1)
+    with Process("--port=0", "--workers=2") as process:
+        threads = [threading.Thread(target=load, args=(process.port,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in range(rounds):
+                victim, enough = workers_of(process)[0], len(done) + 200
+                kill(victim)
+                replacement(process, victim)
+                eventually(lambda: len(done) > enough)
+                with Meter(process.port) as meter:
+                    assert not [name for name, value in last.items() if meter.start[name] < value
+                                and re.search("_total|_bucket|_count|_sum", name)]
+                    last = meter.start
+        finally:
+            over.set()
+            for thread in threads:
+                thread.join()
+        with Meter(process.port) as meter:
+            eventually(lambda: meter.scrape()[IN_FLIGHT] == 0)
+            counted = meter.scrape()[labelled(f"{DURATION}_count", gen_ai_operation_name="chat")]
+        assert ends(process) == (0, True)
+    most = rounds * len(threads)
+    assert len(begun) - len(done) <= most and abs(counted - len(done)) <= most
+
+
+@pytest.mark.parametrize("code", ("os._exit(1)", "os.kill(os.getpid(), signal.SIGKILL)"))
+@pytest.mark.parametrize("number", (2, 3))  # the second of the first two, or a replacement
+def test_a_worker_that_dies_at_its_start_stops_the_service_with_status_3(number, code, tmp_path):
+    with Process("--port=0", "--workers=2", **at_fork(tmp_path, number, code)) as process:
+        if number > 2:
+            kill(workers_of(process)[0])
+        assert process.wait() == 3 and not process.reader.is_alive()
+        assert re.search(r"worker \d.* (1|SIGKILL)\b", process.lines[-1])
+        with pytest.raises(ConnectionRefusedError):
+            Client(process.port)
+
+
+@pytest.mark.parametrize("early", (False, True))
+def test_workers_do_not_outlive_a_supervisor_that_is_killed(early, tmp_path):
+    """It may die before a new worker has asked to be told of that."""
+    at_once = at_fork(tmp_path, 2 * early, "os.kill(os.getppid(), signal.SIGKILL)")
+    with Process("--port=0", "--workers=2", **at_once) as process:
+        if not early:
+            workers_of(process)
+            assert ask(process.port, body=CHAT).status == 200
+            os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        eventually(lambda: not process.reader.is_alive())  # no worker has stderr open
+
+
+@pytest.mark.parametrize(("number", "group"), [
+    (signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, True)])
+@pytest.mark.parametrize("how", ("all finish", "time", "signal", "one is killed"))
+def test_a_signal_drains_all_workers_and_a_second_one_ends_them(number, group, how):
+    """It comes to the supervisor alone, or as from a terminal and from systemd to all of them."""
+    patience = "0.2" if how == "time" else "3600"
+    with (Process("--port=0", "--workers=2", SHUTDOWN_TIMEOUT=patience,
+                  python=("setsid", sys.executable)) as process, contextlib.ExitStack() as stack):
+        clients, pids = [], workers_of(process)
+        for pid in pids:
+            with held(pid):
+                clients.append(stack.enter_context(Client(process.port)))
+                begin(process, clients[-1])
+        target = types.SimpleNamespace(
+            pid=-process.pid if group else process.pid, port=process.port)
+        stop(target, number)
+        if how == "signal":
+            os.kill(target.pid, number)
+        if how == "one is killed":  # it has the second client, for the first came while it was held
+            os.kill(pids[0], signal.SIGKILL)
+            assert clients.pop().is_closed()
+        for client in clients:
+            if how in ("all finish", "one is killed"):
+                reply = client.send(CHAT).reply()
+                assert (reply.status, reply.one("connection")) == (200, "close")
+            assert client.is_closed()
+        assert process.wait() in (KILLED if how == "signal" else {0})
+        assert not process.reader.is_alive() and "replaces" not in process.log
+        assert ("SHUTDOWN_TIMEOUT" in process.log) is (how == "time")
+        assert "Traceback" not in process.log
+
+
+def test_auto_is_a_worker_for_each_cpu_that_may_be_used_and_without_fork_there_is_one(tmp_path):
+    for cpus in ({min(os.sched_getaffinity(0))}, os.sched_getaffinity(0)):
+        pinned = ("taskset", "-c", ",".join(map(str, cpus)), sys.executable)
+        with Process("--port=0", "--workers=auto", python=pinned) as process:
+            assert ask(process.port, body=CHAT).status == 200
+            workers_of(process, len(cpus) if len(cpus) > 1 else 0)
+            assert ends(process) == (0, True)
+    (tmp_path / "sitecustomize.py").write_text("import os\ndel os.fork\n")
+    status, _, lines = run("--port=0", "--workers=2", PYTHONPATH=str(tmp_path))
+    assert status == 2 and len(lines) == 1 and "workers" in lines[0].lower()
+    with Process("--port=0", PYTHONPATH=str(tmp_path)) as process:
+        assert ask(process.port, body=CHAT).status == 200
+
+
+# -- 9. Processes: rollouts ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", ("1", "2"))
+def test_during_drain_delay_all_is_served_but_readyz_is_503_and_connections_end(workers):
+    with (Process("--port=0", WORKERS=workers, DRAIN_DELAY="3600", SHUTDOWN_TIMEOUT="0.2") as
+          process, Client(process.port) as idle, Client(process.port) as busy):
+        port = process.port
+        begin(process, busy)
+        reply = idle.send(request("GET", "/readyz")).reply()
+        assert (reply.status, reply.json()) == (200, {"status": "ready", "backends": []})
+        assert not reply.all("connection")
+        os.kill(process.pid, signal.SIGTERM)
+        eventually(lambda: {ask(port, "GET", "/readyz").status for _ in range(50)} == {503})
+        replies = [ask(port, "GET", "/healthz"), ask(port, body=CHAT), ask(port, "GET", "/"),
+                   ask(port, "GET", "/readyz"), ask(port, "HEAD", "/readyz"),
+                   idle.send(TO_STREAM).reply(), busy.send(CHAT).reply()]
+        assert busy.is_closed() and idle.is_closed()
+        assert [reply.status for reply in replies] == [200, 200, 404, 503, 503, 200, 200]
+        assert {reply.one("connection") for reply in replies} == {"close"}
+        assert replies[3].json() == {"status": "draining", "backends": []} and not replies[4].body
+        status, is_over = ends(process)
+        assert status in KILLED and is_over
+
+
+def test_after_drain_delay_nobody_is_accepted_and_shutdown_timeout_begins():
+    with (Process("--port=0", DRAIN_DELAY="1", SHUTDOWN_TIMEOUT="0.3") as process,
+          Client(process.port) as client):
+        begin(process, client)
+        began = time.monotonic()
+        stop(process)
+        assert time.monotonic() - began >= 1 and client.is_closed()
+        assert process.wait() == 0 and "SHUTDOWN_TIMEOUT" in process.log
+
+
+def activate(descriptor, *argv, pid="$$", **environ):
+    """Start a gateway as systemd does: it inherits a listening socket, as descriptor 3."""
+    shell = f'exec 3<&{descriptor}; LISTEN_PID={pid} exec "$0" "$@"'
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "Popen", functools.partial(
+            subprocess.Popen, pass_fds=[descriptor]))
+        return Process(*argv, python=("bash", "-c", shell, sys.executable), **(
+            {"LISTEN_FDS": "1"} | environ))
+
+
+def test_twenty_gateways_one_after_the_other_on_one_socket_lose_no_request():
+    """The next one starts before the last one drains. A client that was told Connection: close
+    takes a new connection, as all of HTTP's clients do; and a stream outlives the restarts."""
+    over, go, done, lost = threading.Event(), threading.Event(), [0, 0], []
+    def script(played, number):
+        while read := played.request():
+            if b"wait" in read[1]:
+                played.send(STREAM_HEAD + chunked(*events_of({}), end=False))
+                assert go.wait(SECONDS * 5)
+            played.send(chunked(DONE) if b"wait" in read[1] else response())
+
+    def load(port, kept):
+        client = None
+        try:
+            while not over.wait(0.002):
+                client = client or Client(port)
+                reply = client.send(TO_CHAT).reply()
+                assert (reply.status, reply.body) == (200, b'{"ok": true}')
+                done[kept] += 1
+                if not kept or reply.all("connection") == ["close"]:
+                    client = client.socket.close()
+        except Exception as error:
+            lost.append(error)
+        finally:
+            client and client.socket.close()
+
+    with (socket.create_server(("127.0.0.1", 0), backlog=1024) as listener,
+          PlayedBackend(script) as backend, contextlib.ExitStack() as stack):
+        port, gateways = listener.getsockname()[1], []
+        threads = [threading.Thread(target=load, args=(port, kept)) for kept in (False, True)]
+        def next_gateway():
+            gateways.append(stack.enter_context(activate(
+                listener.fileno(), BACKEND_URL=backend.url, DRAIN_DELAY="1", HOST="nowhere.invalid",
+                SHUTDOWN_TIMEOUT="3600", WORKERS="12"[len(gateways) % 2])))
+            assert gateways[-1].port == port
+        next_gateway()
+        streamed = stack.enter_context(Client(port))
+        streamed.send(request(body=chat("wait", stream=True))).until(b"data: {}\n\n")
+        try:
+            for thread in threads:
+                thread.start()
+            for _ in range(20):
+                next_gateway()
+                os.kill(gateways[-2].pid, signal.SIGTERM)
+                enough = [number + 3 for number in done]
+                eventually(lambda: lost or all(n > m for n, m in zip(done, enough)))
+        finally:
+            over.set()
+            go.set()
+            for thread in threads:
+                thread.join()
+        assert not lost and DONE in streamed.until(b"0\r\n\r\n")
+        os.kill(gateways[-1].pid, signal.SIGTERM)
+        assert [process.wait() for process in gateways] == [0] * 21
+        assert "Traceback" not in "".join(process.log for process in gateways)
+
+
+def test_a_socket_for_another_process_is_not_taken_and_what_is_none_is_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        descriptor, theirs = listener.fileno(), listener.getsockname()[1]
+        with activate(descriptor, "--port=0", pid="1") as process:
+            assert process.port != theirs and ask(process.port, body=CHAT).status == 200
+        with activate(descriptor, LISTEN_FDS="2") as process:
+            assert process.wait() == 2 and len(process.lines) == 1
+    with open(os.devnull) as file, activate(file.fileno()) as process:
+        assert process.wait() in (1, 2) and len(process.lines) == 1
+        assert "LISTEN_FDS" in process.log
