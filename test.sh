@@ -6,7 +6,7 @@ case ${PYTHON-} in /*) ;; */*) PYTHON=$PWD/$PYTHON ;; esac
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" || exit 1
 unset PYTHONPATH PYTHONHOME
 work=$(mktemp -d) || exit 1
-failed=0 servers='' running='' # servers: of the test at hand; running: what run() waits for
+failed=0 servers='' running='' half='' # servers: of the test at hand; running: what is waited for
 
 # What is tested gets nothing of the user's environment that could change an answer: no PORT, no
 # BACKEND_URL, no HTTP_PROXY. (LD_LIBRARY_PATH: some CI images' Pythons do not start without it.)
@@ -33,9 +33,9 @@ trap 'exit 129' HUP; trap 'exit 130' INT; trap 'exit 143' TERM
 
 run() { # run COMMAND...: its status. In the background, because traps wait for the foreground;
     set -m # with job control, because without it bash lets the command ignore SIGINT
-    "$@" </dev/null & running=$!
+    "$@" </dev/null & running="$! $half"
     set +m
-    wait "$running"; set -- $?; running=''
+    wait "$!"; set -- $?; running=$half
     return "$1"
 }
 
@@ -183,13 +183,27 @@ find_pytest() { # a Python that has pytest goes to $tester; if need be, .venv is
     run "$tester" -m pip install --quiet --retries 1 --timeout 15 pytest
 }
 
+suite() { # suite PART ARGUMENT...: in the background. Two halves of it run at once, because the
+    # tests wait as long as they compute.
+    exec "${clean[@]}" PART="$1" "$tester" -B -m pytest -p test_gateway $options "${@:2}"
+}
+
 if [ ! -f test_gateway.py ]; then
     problem='there is no test_gateway.py'
 elif ! find_pytest >"$work/said" 2>&1; then
     problem="pytest is missing and cannot be installed: $(grep -m1 ensurepip "$work/said" || grep . "$work/said" | tail -n 1)"
 else
     [ -w . ] && options='' || options='-p no:cacheprovider'
-    run "${clean[@]}" "$tester" -B -m pytest $options "$@" || failed=1
+    if [ $# -gt 0 ]; then
+        run suite 0/1 "$@" || failed=1
+        exit $failed
+    fi
+    set -m
+    suite 1/2 >"$work/half" 2>&1 </dev/null & half=$!
+    set +m
+    run suite 0/2 || failed=1
+    wait "$half" || failed=1
+    cat "$work/half"
     exit $failed
 fi
 echo "pytest suite not run: $problem"
