@@ -52,6 +52,7 @@ from base64 import b64encode
 from bisect import bisect_left
 from contextlib import suppress
 from email.utils import formatdate
+from functools import lru_cache
 from hmac import compare_digest
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -96,7 +97,10 @@ def seconds(text):
 
 def seconds_or_0(text):
     """Parse a duration that may be 0."""
-    return 0.0 if re.fullmatch(r"0{1,5}(\.0{1,6})?", text) else seconds(text)
+    try:
+        return 0.0 if re.fullmatch(r"0{1,5}(\.0{1,6})?", text) else seconds(text)
+    except argparse.ArgumentTypeError:
+        raise refused(f"{text!r} is no number of seconds from 0 to 86400") from None
 
 
 def switch(text):
@@ -128,15 +132,16 @@ def backend_url(text):
     match = re.fullmatch(r"(https?://(?:[\w.-]*\w\.?|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?)"
                          r"(/[!-\"$->A-~]*)?", text, re.ASCII | re.IGNORECASE)
     if not (match and 0 < int(match[2] or 80) < 65_536):
-        raise refused("no address like http://127.0.0.1:8000 or https://host/v1"
-                      " (without user, password, query or fragment)")
+        raise refused("no address like http://127.0.0.1:8000 or https://host/v1 (without user,"
+                      " password, query or fragment), or no such ones separated by commas")
     return match[1] + (match[3] or "").rstrip("/").removesuffix("/v1").rstrip("/")
 
 
 def origin(text):
     """Parse a web page's origin, or * for any."""
-    if text != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[!-+\--.0-~]+", text):
-        raise refused(f"{text!r} is no origin like https://chat.example.com, and not *")
+    if text != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[a-z0-9_.:\[\]-]+", text):
+        raise refused(f"{text!r} is no origin like https://chat.example.com (lower-case, and"
+                      " without a path), and not *")
     return text
 
 
@@ -237,8 +242,9 @@ def read_settings(argv, environ):
             help=f"{text} (environment: {variable}; default: {default or 'none'})")
     settings, unknown = parser.parse_known_args(argv)
     if unknown:  # what is behind '=', or stands alone, may be a secret
-        name = unknown[0].partition("=")[0] if unknown[0].startswith("--") else "that is no flag"
-        parser.error(f"unknown argument: {name[:40]!a}")
+        name = unknown[0].partition("=")[0]
+        parser.error(f"unknown argument: {name[:40]!a}" if name.startswith("--") else
+                     "unknown argument: all are flags, such as --port=8080")
     settings.listen_fd = 3 if environ.get("LISTEN_PID") == str(os.getpid()) else None
     if why := contradiction(settings, environ):
         parser.error(why)
@@ -295,10 +301,14 @@ def make_tls(settings):
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
     try:
+        for path in (settings.tls_cert_file, settings.tls_key_file):
+            open(path, "rb").close()  # this error names the file
         context.load_cert_chain(settings.tls_cert_file, settings.tls_key_file, password="")
-    except (OSError, ValueError) as error:  # SSLError is an OSError
-        raise ValueError("TLS_CERT_FILE or TLS_KEY_FILE cannot be used:"
-                         f" {getattr(error, 'strerror', None) or error}") from None
+    except ssl.SSLError as error:
+        raise ValueError("TLS_CERT_FILE and TLS_KEY_FILE hold no certificate in PEM and its key,"
+                         f" without a passphrase ({error.reason})") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"TLS_CERT_FILE or TLS_KEY_FILE cannot be read: {error}") from None
     return context
 
 
@@ -728,6 +738,24 @@ def log(line):
         os.write(2, line.encode("ascii", "backslashreplace") + b"\n")
 
 
+@lru_cache(1)
+def whole_seconds(now):
+    """Return the time in RFC 3339; it costs as much as all else of a line, but once a second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
+
+
+def timestamp():
+    """Return the time with milliseconds."""
+    now = time.time()
+    return f"{whole_seconds(int(now))}.{int(now % 1 * 1000):03}Z"
+
+
+def note(settings, text):
+    """Write a line that is about no request."""
+    form = {"time": timestamp(), "message": text}
+    log(json.dumps(form) if settings.log_format == "json" else "{time} {message}".format(**form))
+
+
 def printable(text):
     """Return at most 100 characters of `text`, as a JSON string if it is not plain ASCII words."""
     text = text[:100]
@@ -747,7 +775,6 @@ class Record:
               "model", "backend", "stream", "bytes", "first_byte_ms", "duration_ms", "outcome")
     __slots__ = (*LOGGED, "began", "first", "first_piece", "asked", "waited", "usage", "tries",
                  "result")
-    _second = (0, "")  # the last second that was formatted: strftime costs as much as all the rest
 
     def __init__(self, client):
         self.began, self.client, self.status, self.bytes = time.monotonic(), client, 0, 0
@@ -759,12 +786,9 @@ class Record:
 
     def line(self, form):
         """End the record and return its line for the log."""
-        now, self.duration_ms = time.time(), (time.monotonic() - self.began) * 1000
+        self.time, self.duration_ms = timestamp(), (time.monotonic() - self.began) * 1000
         self.first_byte_ms = self.first and (self.first - self.began) * 1000
-        if Record._second[0] != int(now):
-            Record._second = int(now), time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
         self.method, self.path = self.method[:32], self.path[:256]  # one write to a pipe: 4,096
-        self.time = f"{Record._second[1]}.{int(now % 1 * 1000):03}Z"
         if form == "json":
             fields = {name: getattr(self, name) for name in self.LOGGED}
             return json.dumps({name: round(value, 2) if isinstance(value, float) else value
@@ -1240,7 +1264,7 @@ class Backends:
     """Where requests are forwarded to: who is up, who serves what, and who is next."""
 
     def __init__(self, settings, metrics):
-        self.all = [Backend(url) for url in settings.backend_url]
+        self.settings, self.all = settings, [Backend(url) for url in settings.backend_url]
         self.pool, self._metrics, self._interval = Pool(settings), metrics, settings.probe_interval
         self._prober = Pool(argparse.Namespace(
             **vars(settings) | {"backend_timeout": settings.connect_timeout}))
@@ -1349,19 +1373,21 @@ class Backends:
         """Leave the backend alone for a while, `wait` seconds if it said so."""
         with self._lock:
             was_up, now = backend.up, time.monotonic()
-            if was_up:
-                backend.up, backend.back_off, backend.retry_at = False, 1, now + 1
-            backend.held = held
+            if was_up or now >= backend.retry_at:
+                backend.back_off = 1 if was_up else min(2 * backend.back_off, MAX_BACK_OFF)
+                backend.retry_at = now + backend.back_off
+            backend.up, backend.held = False, held
             backend.retry_at = max(backend.retry_at, now + wait)
+            backend.probe_at = min(backend.probe_at, backend.retry_at)
         if was_up:
-            log(f"backend {backend.url} is down: {why}; skipped for {wait or 1} s")
+            note(self.settings, f"backend {backend.url} is down: {why}; skipped for {wait or 1} s")
 
     def succeeded(self, backend):
         """The backend answers: it is up."""
         with self._lock:
             was_up, backend.up, backend.held = backend.up, True, False
         if not was_up:
-            log(f"backend {backend.url} is up")
+            note(self.settings, f"backend {backend.url} is up")
 
     def probe_due(self):
         """Start a thread for each backend whose probe is due."""
@@ -1385,8 +1411,9 @@ class Backends:
         request.aim(backend)
         try:
             answer = self._prober.http_open(request)
-            if answer.status in BUSY or answer.status == 508:  # 508: it is this gateway
-                return self.failed(backend, f"it answered {answer.status} to a probe", True)
+            if answer.status in BUSY or answer.status == 508:
+                loop = ": is it this gateway?" if answer.status == 508 else ""
+                return self.failed(backend, f"it answered {answer.status} to a probe{loop}", True)
             models = None
             with suppress(APIError, AttributeError, KeyError, TypeError):  # it is no such list
                 if answer.status == 200:
@@ -1400,7 +1427,7 @@ class Backends:
             if not (isinstance(error, BackendTimeout) and backend.in_flight):
                 self.failed(backend, error.message)
         except Exception:
-            log(f"internal error, probe of {backend.url}\n{traceback.format_exc()}")
+            note(self.settings, f"internal error, {backend.url}\n{traceback.format_exc()}")
         finally:
             self._prober.drop(request)
             backend.probing, backend.probed = False, True
@@ -1541,7 +1568,10 @@ class Handler(BaseHTTPRequestHandler):
                 self.connection.settimeout(self.settings.client_timeout)
                 self.idle = True
                 self.connection.do_handshake()
-            except OSError:
+            except OSError as error:
+                if isinstance(error, ssl.SSLError):
+                    note(self.settings, f"no TLS with client {self.client_address[0]}:"
+                         f" {error.reason or 'it closed the connection'}")
                 return
             finally:
                 self.idle = False
@@ -1583,7 +1613,8 @@ class Handler(BaseHTTPRequestHandler):
         except ClientGone:
             self.give_up()
         except Exception:
-            log(f"internal error, id={record.request_id}\n{traceback.format_exc()}")
+            note(self.settings, f"internal error, id={record.request_id}\n"
+                 + traceback.format_exc())
             self.fail(APIError(500, "internal_error", "the gateway failed; its log says why"))
         finally:
             line = record.line(self.settings.log_format)
@@ -2136,14 +2167,15 @@ class Server(ThreadingHTTPServer):
 
     def handle_error(self, request, client_address):
         """Log what escaped a Handler, as one write."""
-        log(f"internal error, client={client_address[0]}\n{traceback.format_exc()}")
+        note(self.settings, f"internal error, client={client_address[0]}\n"
+             + traceback.format_exc())
 
     def service_actions(self):
         try:
             if time.monotonic() >= self.next_sweep:
                 self.sweep()
         except Exception:  # it would end serve_forever: a process that lives and accepts nothing
-            log(f"internal error\n{traceback.format_exc()}")
+            note(self.settings, f"internal error\n{traceback.format_exc()}")
 
     def sweep(self):
         """Cancel what is forwarded for clients that have gone; close what is due to be closed."""
@@ -2177,9 +2209,11 @@ class Server(ThreadingHTTPServer):
 
     def readiness(self):
         """Return the status and the JSON of /readyz."""
-        backends = self.backends.all if self.backends else []
-        status = ("draining" if self.draining else "no backend is up" if backends and not any(
-            backend.up for backend in backends) else "ready")
+        backends, now = self.backends.all if self.backends else [], time.monotonic()
+        up = [backend for backend in backends if backend.up or (
+            not self.settings.probe_interval and backend.is_free(now))]  # no probe brings it back
+        status = "draining" if self.draining else (
+            "no backend is up" if backends and not up else "ready")
         return (200 if status == "ready" else 503,
                 {"status": status, "backends": [backend.state() for backend in backends]})
 
@@ -2235,6 +2269,7 @@ def hung_up(descriptors):
 
 STOP = {signal.SIGTERM, signal.SIGINT}
 CAN_WAIT = hasattr(signal, "sigwait")  # not on Windows: there Ctrl-C raises KeyboardInterrupt
+DRAINING = "draining: requests in flight may finish; a second signal ends them at once"
 
 
 def awaited(settings):
@@ -2247,10 +2282,11 @@ def reload(server):
     """Have the server read its files again; the old keys and certificate stay if it cannot."""
     try:
         server.reload()
-        if server.supervisor in (None, os.getpid()):
-            log("gateway.py: the keys and the certificate were read again")
+        said = "the files with keys and certificates were read again, if there are any"
     except ValueError as error:
-        log(f"gateway.py: the old keys and certificate stay: {error}")
+        said = f"the old keys and certificate stay: {error}"
+    if server.supervisor in (None, os.getpid()):
+        note(server.settings, f"SIGHUP: {said}")
 
 
 def work(server):
@@ -2263,8 +2299,10 @@ def work(server):
             threading.Event().wait()
     if CAN_WAIT and not server.supervisor:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)  # a second one ends at once
+        note(server.settings, DRAINING)
     if not server.drain(server.settings.shutdown_timeout):
-        log(f"gateway.py: {len(server.connections)} connections were cut off; SHUTDOWN_TIMEOUT")
+        note(server.settings,
+             f"{len(server.connections)} connections were cut off; SHUTDOWN_TIMEOUT")
     return 0
 
 
@@ -2273,7 +2311,8 @@ def supervise(server):
 
     They share the server's socket. A second signal to stop ends them at once.
     """
-    workers, status, stopping, server.supervisor = {}, 0, False, os.getpid()
+    settings, workers, status = server.settings, {}, 0
+    told, server.supervisor = 0, os.getpid()  # told: how often to stop
 
     def start(number):
         pid = os.fork()
@@ -2283,41 +2322,46 @@ def supervise(server):
                 server.metrics.attach(number)
                 code = work(server)
             except BaseException:
-                log(f"internal error, worker {number}\n{traceback.format_exc()}")
+                note(settings, f"internal error, worker {number}\n{traceback.format_exc()}")
             os._exit(code)
         workers[pid] = number, time.monotonic()
         return pid
 
-    def tell_all(signum):
+    def stop(signum):
+        server.server_close()
         for pid in workers:
             os.kill(pid, signum)  # those that have ended are zombies still
 
-    for number in range(server.settings.workers):
+    for number in range(settings.workers):
         start(number)
     while workers:
-        signum = signal.sigwait(awaited(server.settings) | {signal.SIGCHLD})
+        signum = signal.sigwait(awaited(settings) | {signal.SIGCHLD})
         if signum in STOP:
-            server.server_close()
-            tell_all(signal.SIGKILL if stopping else signal.SIGTERM)
-            status, stopping = 128 + signum if stopping else 0, True
+            note(settings, DRAINING if not told else "stopped at once")
+            stop(signal.SIGKILL if told else signal.SIGTERM)
+            status, told = status or 128 + signum if told else status, told + 1
         elif signum != signal.SIGCHLD:
             reload(server)  # for those that are started later
-            tell_all(signum)
+            for pid in workers:
+                os.kill(pid, signum)
         for pid, (number, started) in list(workers.items()):
             ended, code = os.waitpid(pid, os.WNOHANG)
             if ended:
                 del workers[pid]
-            if not ended or stopping:
+            if not ended or told or status:
                 continue
             code = os.waitstatus_to_exitcode(code)
             how = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
-            if time.monotonic() < started + 1:
-                log(f"worker {number} (pid {pid}) {how} within a second of its start; stopping")
-                status, stopping = 3, True
-                server.server_close()
-                tell_all(signal.SIGTERM)
-            else:
-                log(f"worker {number} (pid {pid}) {how}; pid {start(number)} replaces it")
+            try:
+                if time.monotonic() < started + 1:
+                    raise ChildProcessError("it lived for less than a second")
+                new = start(number)
+                note(settings, f"worker {number} (pid {pid}) {how}; pid {new} replaces it")
+            except OSError as error:  # of fork(), too
+                note(settings, f"worker {number} (pid {pid}) {how} and is not replaced: {error};"
+                     " the service stops")
+                status = 3
+                stop(signal.SIGTERM)
     return status
 
 
@@ -2348,7 +2392,9 @@ def start_up_line(server):
     line += f" with {workers} workers" if workers > 1 else ""
     if not server.backends:
         here = address.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
-        return f"{line} in echo mode; try: {EXAMPLE.replace('http://127.0.0.1:8080', here)}"
+        example = EXAMPLE.replace("http://127.0.0.1:8080", here)
+        example += " -H 'Authorization: Bearer KEY'" if server.keys else ""
+        return f"{line} in echo mode; try: {example}{' -k' if server.tls else ''}"
     places = []
     for backend in server.backends.all:
         try:
@@ -2376,7 +2422,8 @@ def main():
         log(f"gateway.py: cannot listen on {where}:"
             f" {getattr(error, 'strerror', None) or error}; set HOST and PORT")
         return 1
-    log(start_up_line(server))
+    line = start_up_line(server)
+    note(settings, line) if settings.log_format == "json" else log(line)
     return supervise(server) if settings.workers > 1 else work(server)
 
 
