@@ -228,7 +228,8 @@ class Parser(argparse.ArgumentParser):
 def read_settings(argv, environ):
     """Return a namespace with an attribute for each knob; exits with 2 if a value is bad.
 
-    `listen_fd` is the descriptor of a socket that systemd passed on (sd_listen_fds), or None.
+    `listen_fd` is the descriptor of a socket that systemd passed on (sd_listen_fds), or None;
+    `secrets` and `tls` are what the files with keys and certificates held.
     """
     usage, _, _ = __doc__.partition("\n\nThe path")
     parser = Parser(
@@ -262,10 +263,10 @@ def contradiction(settings, environ):
     if settings.backend_api_key and settings.backend_api_key_file:
         return "BACKEND_API_KEY and BACKEND_API_KEY_FILE are both set; keep one"
     try:
-        keys, backend_key = read_secrets(settings)
-        make_tls(settings)
+        settings.secrets, settings.tls = read_secrets(settings), make_tls(settings)
     except ValueError as error:
         return str(error)
+    keys, backend_key = settings.secrets
     if backend_key and not keys and not settings.allow_open and (
             settings.listen_fd or not is_loopback(settings.host)):
         return ("everyone who reaches HOST would use your BACKEND_API_KEY; set API_KEYS, or"
@@ -448,7 +449,8 @@ TRACE = re.compile(rb"(?!ff|00.{54})[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16}
 USAGE = re.compile(rb'"usage"[ \t\r\n]*:[ \t\r\n]*\{')
 TOKENS = re.compile(rb'"(prompt|input|completion|output)_tokens"[ \t\r\n]*:[ \t\r\n]*'
                     rb"([0-9]{1,15})(?![0-9.eE])")
-FORM_MODEL = re.compile(rb'[; ]name="?model"?\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,256})\r\n')
+FORM_MODEL = re.compile(rb'[; ]name="?model"?\r\n(?:[^\r\n]{1,256}\r\n){0,8}\r\n'
+                        rb"([^\r\n]{1,256})\r\n")  # bounded: each of its starts is hostile
 REQUEST_ID_LINE = re.compile(rb"(?im)^(x-request-id|request-id):[ \t]*([!-~]{1,128})[ \t]*\r?$")
 
 
@@ -652,10 +654,13 @@ def key_name(keys, authorization):
 
 
 def cors_lines(origin, allowed):
-    """Return the fields that let a page of this origin read the reply (Fetch standard, 3.2)."""
+    """Return the fields that let a page of this origin read the reply (Fetch standard, 3.2).
+
+    Vary is the first of them, and for another origin the only one: caches must tell them apart.
+    """
     if not origin or "*" not in allowed and origin.decode("latin-1") not in allowed:
-        return []
-    return [b"Access-Control-Allow-Origin: " + origin, b"Vary: Origin",
+        return [b"Vary: Origin"]
+    return [b"Vary: Origin", b"Access-Control-Allow-Origin: " + origin,
             b"Access-Control-Expose-Headers: x-request-id, x-backend-request-id, retry-after,"
             b" retry-after-ms"]
 
@@ -930,7 +935,7 @@ MAX_BACK_OFF = 30        # seconds, doubled from 1, that a failing backend is le
 MAX_RETRY_AFTER = 300    # seconds that a backend may ask for
 MAX_HELD_BYTES = 4 << 20  # of a list of models, or an answer that is held while another is asked
 HOLD_SECONDS = 1          # for such an answer to come: the other backend is waiting
-BUSY = frozenset((502, 503, 504))  # the backend, or one behind it, cannot answer now: another may
+BUSY = frozenset((502, 503, 504, 508))  # it, or one behind it, cannot answer now: another may
 
 
 def set_timeouts(sock, receive, send):
@@ -1040,6 +1045,7 @@ class Response:
         self.index, self.lines, self._pool, self._request = index, lines, pool, request
         self.length = response_length(request.method, self.status, index, minor)
         self._persistent, self.rest = is_persistent(index, minor), rest
+        self.deadline = UNTIL_CLOSE
         self.whole = 0 <= self.length <= len(rest)
         if self.whole:
             self.rest = rest[:self.length]
@@ -1049,24 +1055,31 @@ class Response:
         """The body is whole: keep the link if nothing else is on it."""
         (self._pool.keep if at_boundary and self._persistent else self._pool.drop)(self._request)
 
-    def read(self, patience=None):
-        """Return the body of a short response, and hold it; raises like pieces().
-
-        With `patience`, in seconds, no receive takes longer, and the link is not used again.
-        """
+    def read(self):
+        """Return the body of a short response, and hold it; raises like pieces()."""
         if not self.whole:
             pieces, size = [], 0
-            if patience:
-                set_timeouts(self._request.link.sock, patience, patience)
-                self._persistent = False
             for piece in self.pieces():
                 pieces.append(piece)
                 size += len(piece)
-                if size > MAX_HELD_BYTES:
-                    raise Broken(f"sent more than {MAX_HELD_BYTES} bytes")
+                if size > MAX_HELD_BYTES or time.monotonic() > self.deadline:
+                    raise Broken("sent a body that is too long, or comes too slowly")
             self.whole, self.rest = True, b"".join(pieces)
             self.length = len(self.rest)
         return self.rest
+
+    def hold(self):
+        """Read the body, for as long as another backend can wait; what does not come is left out.
+
+        The link is not used again.
+        """
+        if not self.whole:
+            set_timeouts(self._request.link.sock, HOLD_SECONDS, HOLD_SECONDS)
+            self._persistent, self.deadline = False, time.monotonic() + HOLD_SECONDS
+            try:
+                self.read()
+            except APIError:
+                self.whole, self.rest, self.length = True, b"", 0
 
     def pieces(self):
         """Yield the body as it comes; raises Broken or BackendTimeout if it is not whole."""
@@ -1179,6 +1192,10 @@ class Pool(urllib.request.BaseHandler):
                 connection = http.client.HTTPConnection(address, timeout=limits.connect_timeout)
             connection.connect()
         except (OSError, http.client.HTTPException, ValueError) as error:
+            if getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE):  # not its fault
+                raise APIError(503, "too_many_connections", "the gateway has no descriptor left;"
+                               " try again, or raise its limit (ulimit -n)",
+                               headers=(b"Retry-After: 1",)) from None
             raise Unreachable(
                 f"the backend {request.type}://{request.host} cannot be reached"
                 f"{' by its proxy' if proxy else ''}: {error}; is it running? BACKEND_URL right?"
@@ -1238,7 +1255,8 @@ class Backend:
 
     `models` are the cards of /v1/models by id, None if they are not known. While `up` is false,
     nothing is sent before `retry_at`, and then one request every `back_off` seconds; `held` says
-    that it answered so itself, and no probe shortens that. Changed under the lock of Backends.
+    that it answered so itself, and no probe shortens that. `silent`: its last probe or request had
+    no answer in time. `probing` is the probe's BackendRequest. Changed under Backends' lock.
     """
 
     def __init__(self, url):
@@ -1247,8 +1265,8 @@ class Backend:
         self.origin = f"{parts.scheme}://{parts.netloc}"
         self.host_line = b"Host: %b\r\n" % parts.netloc.encode()
         self.up, self.held, self.back_off, self.retry_at = True, False, 0, 0.0
-        self.models, self.in_flight, self.turn = None, 0, 0
-        self.probe_at, self.probing, self.probed = 0.0, False, False
+        self.models, self.silent, self.in_flight, self.turn = None, False, 0, 0
+        self.probe_at, self.probing, self.probed = 0.0, None, False
 
     def is_free(self, now):
         """Tell whether a request may be sent to it."""
@@ -1282,7 +1300,7 @@ class Backends:
         503 or 504, one other gets it, if it may be repeated. A time-out is final: the backend may
         be at work. Of what came back, the last stands. Raises APIError, or ClientGone.
         """
-        tried, last, again, only_free = [], None, request.repeatable, False
+        tried, last, url, again, only_free = [], None, "", request.repeatable, False
         backend = self._choose(request, tried)
         while backend:
             self.release(request)
@@ -1292,21 +1310,21 @@ class Backends:
             try:
                 answer = self._try(request, record)
             except Unreachable as error:
-                last = last or error
+                last, url = (last, url) if last else (error, backend.url)
                 backend = self._choose(request, tried, only_free)
                 continue
             except Broken as error:
                 answer = error
-            last, record.backend = answer, backend.url
+            last, url = answer, backend.url
             only_free = isinstance(answer, Response) and answer.status == 429
             failed = isinstance(answer, Broken) or answer.status in BUSY or only_free
             retry, again = failed and again, False
             backend = self._choose(request, tried, only_free) if retry else None
             if backend and isinstance(answer, Response):
-                try:
-                    answer.read(HOLD_SECONDS)
-                except APIError as error:
-                    last = error
+                began = time.monotonic()
+                answer.hold()
+                record.waited += time.monotonic() - began
+        record.backend = url
         if isinstance(last, Response):
             return last
         if isinstance(last, Unreachable) and len(self.all) > 1:
@@ -1317,8 +1335,9 @@ class Backends:
     def _choose(self, request, tried, only_free=False):
         """Return the backend to try next, counted in, or None.
 
-        It serves the model, or nobody does; it is up, or the one that may be tried the soonest; and
-        of those it has the fewest requests in flight, or has waited longest for its turn.
+        It serves the model, or nobody does; it is up, or the one that may be tried the soonest; it
+        is not silent, nor on trial with a request that cannot be repeated, if another can be had;
+        and of those it has the fewest requests in flight, or has waited longest for its turn.
         """
         now, model = time.monotonic(), request.model
         with self._lock:
@@ -1329,7 +1348,8 @@ class Backends:
             if not left:
                 return None
             backend = min(left, key=lambda b: (
-                (0, b.in_flight, b.turn) if b.is_free(now) else (1, b.retry_at, 0)))
+                (0, b.silent or not b.up and not request.repeatable, b.in_flight, b.turn)
+                if b.is_free(now) else (1, b.retry_at)))
             if not backend.up and backend.is_free(now):  # others wait for how this one fares
                 backend.back_off = min(2 * backend.back_off, MAX_BACK_OFF)
                 backend.retry_at = now + backend.back_off
@@ -1347,14 +1367,16 @@ class Backends:
                 wait = answer.index.get(b"retry-after", b"") if answer.status == 503 else b""
                 self.failed(backend, f"it answered {answer.status}", True,
                             min(int(wait[:9]), MAX_RETRY_AFTER) if wait.isdigit() else 0)
-            elif not backend.up:
+            elif backend.silent or not backend.up:
                 self.succeeded(backend)
             return answer
         except APIError as error:
             if request.cancelled:
                 raise ClientGone from None
             outcome = error.code
-            self.failed(backend, error.message)
+            if isinstance(error, (Unreachable, Broken, BackendTimeout)):
+                backend.silent = isinstance(error, BackendTimeout) and self._interval > 0
+                self.failed(backend, error.message)
             raise
         finally:
             record.waited += time.monotonic() - began
@@ -1376,7 +1398,7 @@ class Backends:
             if was_up or now >= backend.retry_at:
                 backend.back_off = 1 if was_up else min(2 * backend.back_off, MAX_BACK_OFF)
                 backend.retry_at = now + backend.back_off
-            backend.up, backend.held = False, held
+            backend.up, backend.held = False, held or backend.held and not was_up
             backend.retry_at = max(backend.retry_at, now + wait)
             backend.probe_at = min(backend.probe_at, backend.retry_at)
         if was_up:
@@ -1385,33 +1407,41 @@ class Backends:
     def succeeded(self, backend):
         """The backend answers: it is up."""
         with self._lock:
-            was_up, backend.up, backend.held = backend.up, True, False
+            was_up, backend.up, backend.held, backend.silent = backend.up, True, False, False
         if not was_up:
             note(self.settings, f"backend {backend.url} is up")
+
+    def expire(self):
+        """Close the links that have been idle for too long."""
+        self.pool.expire()
+        self._prober.expire()
 
     def probe_due(self):
         """Start a thread for each backend whose probe is due."""
         for backend in self.all:
             now = time.monotonic()
             if self._interval and now >= backend.probe_at and not backend.probing:
-                backend.probing, backend.probe_at = True, now + self._interval
+                backend.probe_at = now + self._interval
+                backend.probing = request = BackendRequest(
+                    "GET", "/v1/models", b"User-Agent: gateway.py/%b (probe)\r\nVia: %b\r\n%b" % (
+                        __version__.encode(), self.via, self.authorization), b"", None, True)
+                request.deadline = now + 2 * self.settings.connect_timeout
                 try:
-                    start_new_thread(self._probe, (backend,))
+                    start_new_thread(self._probe, (backend, request))
                 except RuntimeError:  # the system has no thread left
-                    backend.probing = False
+                    backend.probing = None
+            elif backend.probing and now > backend.probing.deadline:  # it comes byte by byte
+                self._prober.cancel(backend.probing)
 
-    def _probe(self, backend):
+    def _probe(self, backend, request):
         """Ask a backend which models it serves, and so whether it is up.
 
         Silence of one that is at work is no failure: some answer nothing while they generate.
         """
-        fields = b"User-Agent: gateway.py/%b (probe)\r\nVia: %b\r\n%b" % (
-            __version__.encode(), self.via, self.authorization)
-        request = BackendRequest("GET", "/v1/models", fields, b"", None, True)
         request.aim(backend)
         try:
             answer = self._prober.http_open(request)
-            if answer.status in BUSY or answer.status == 508:
+            if answer.status in BUSY:
                 loop = ": is it this gateway?" if answer.status == 508 else ""
                 return self.failed(backend, f"it answered {answer.status} to a probe{loop}", True)
             models = None
@@ -1424,13 +1454,16 @@ class Backends:
             if not (backend.held and time.monotonic() < backend.retry_at):
                 self.succeeded(backend)
         except APIError as error:
-            if not (isinstance(error, BackendTimeout) and backend.in_flight):
+            backend.silent = isinstance(error, BackendTimeout) or request.cancelled
+            if not (backend.silent and backend.in_flight) and error.status != 503:
                 self.failed(backend, error.message)
+        except ClientGone:
+            pass
         except Exception:
             note(self.settings, f"internal error, {backend.url}\n{traceback.format_exc()}")
         finally:
             self._prober.drop(request)
-            backend.probing, backend.probed = False, True
+            backend.probing, backend.probed = None, True
 
     def models(self):
         """Return the cards of the models of all backends that are up, or None if none is known."""
@@ -1438,8 +1471,6 @@ class Backends:
         for models in known:
             cards |= models | cards  # the first one's card of a model stays
         return list(cards.values()) if known else None
-
-
 
 
 # == 6. Echo =======================================================================================
@@ -1527,6 +1558,7 @@ def event(data):
 MIN_BODY_RATE = 1_000      # bytes a second that a body has to make on average: a modem's pace
 SKIP_BYTES = 65_536        # a body up to this is read after a refusal, to keep the connection
 MAX_EVENT_BYTES = 262_144  # the beginning of an event is held back up to this
+FORM_BYTES = 65_536        # of a form's beginning, and of its end, in which its model is sought
 USAGE_BYTES = 4_096        # of the end of an answer, where its usage stands
 LINGER_SECONDS = 5         # for a refused client to stop sending; nginx gives as many
 
@@ -1730,8 +1762,11 @@ class Handler(BaseHTTPRequestHandler):
     def dispatch(self):
         """Answer the request whose head has been read."""
         record, path, backends = self.record, self.record.path, self.server.backends
-        if self.cors and record.method == "OPTIONS" and (
-                b"access-control-request-method" in self.index):
+        preflight = record.method == "OPTIONS" and len(self.cors) > 1 and (
+            b"access-control-request-method" in self.index)
+        if (preflight or path in OPEN_PATHS) and not 0 <= self.length <= SKIP_BYTES:
+            raise TooLarge(SKIP_BYTES)  # who sends it may have no key
+        if preflight:
             return self.answer_preflight()
         if self.server.keys and path not in OPEN_PATHS:
             self.authenticate()
@@ -1843,8 +1878,9 @@ class Handler(BaseHTTPRequestHandler):
             except APIError:
                 if record.path in PARSED:
                     raise
-        elif kind.startswith(b"multipart/form-data") and (field := FORM_MODEL.search(body)):
-            model = field[1].decode("utf-8", "replace")
+        elif kind.startswith(b"multipart/form-data"):
+            field = FORM_MODEL.search(body[:FORM_BYTES]) or FORM_MODEL.search(body[-FORM_BYTES:])
+            model = field and field[1].decode("utf-8", "replace")
         if not isinstance(model, str):
             return None
         record.model = printable(model)
@@ -2084,7 +2120,7 @@ class Server(ThreadingHTTPServer):
         self.backends = Backends(settings, self.metrics) if settings.backend_url else None
         self.admission = Admission(settings.max_concurrent_requests, settings.queue_timeout)
         self.paths = OWN_PATHS if self.backends else OWN_PATHS | ECHO_PATHS
-        self.reload()
+        self.use(settings.secrets, settings.tls)
         self.date, self.next_sweep = b"", 0.0  # no sweep yet: its threads would not be forked
         if settings.listen_fd is None:
             self.address_family = socket.getaddrinfo(settings.host, settings.port, flags=(
@@ -2092,12 +2128,15 @@ class Server(ThreadingHTTPServer):
         super().__init__((settings.host, settings.port), Handler)
 
     def reload(self):
-        """Read the keys and the certificate, also again; raises ValueError, and changes nothing."""
-        (self.keys, backend_key), self.tls = read_secrets(self.settings), make_tls(self.settings)
-        self.scheme = b"https" if self.tls else b"http"
-        self.not_forwarded = NOT_FORWARDED
-        if self.keys or backend_key:
-            self.not_forwarded = NOT_FORWARDED | {b"authorization"}
+        """Read the keys and the certificate again; raises ValueError, and changes nothing."""
+        self.use(read_secrets(self.settings), make_tls(self.settings))
+
+    def use(self, secrets, tls):
+        """Take these keys and this certificate from here on."""
+        (self.keys, backend_key), self.tls = secrets, tls
+        self.scheme = b"https" if tls else b"http"
+        self.not_forwarded = (NOT_FORWARDED | {b"authorization"} if self.keys or backend_key
+                              else NOT_FORWARDED)
         if self.backends and backend_key:
             self.backends.authorization = f"Authorization: Bearer {backend_key}\r\n".encode()
 
@@ -2120,7 +2159,7 @@ class Server(ThreadingHTTPServer):
     def serve_forever(self, poll_interval=SWEEP_SECONDS):
         """Serve, once the first probes have told who serves what, or have had a second for it."""
         began = time.monotonic()
-        self.sweep()
+        self.service_actions()
         while self.backends and time.monotonic() < began + PARTING_SECONDS and (
                 any(backend.probing and not backend.probed for backend in self.backends.all)):
             time.sleep(0.002)
@@ -2189,7 +2228,7 @@ class Server(ThreadingHTTPServer):
             self.backends.pool.cancel(forwarding[descriptor])
         self.gauges()
         if self.backends:
-            self.backends.pool.expire()
+            self.backends.expire()
             self.backends.probe_due()
         if self.supervisor and os.getppid() != self.supervisor:  # it was killed
             os.kill(os.getpid(), signal.SIGTERM)
@@ -2229,7 +2268,8 @@ class Server(ThreadingHTTPServer):
         began = time.monotonic()
         self.shutdown()
         try:
-            while self.settings.listen_fd is None:  # else a successor accepts what is left
+            # With listen_fd, a successor accepts what is left.
+            while self.settings.listen_fd is None and time.monotonic() < began + PARTING_SECONDS:
                 self.process_request(*self.get_request())
         except OSError:
             pass
@@ -2289,6 +2329,22 @@ def reload(server):
         note(server.settings, f"SIGHUP: {said}")
 
 
+def next_signal(signals, deadline):
+    """Wait for one of the signals and return it, or 0 past the deadline (None: there is none)."""
+    if not deadline or not hasattr(signal, "sigtimedwait"):  # it is not on macOS
+        return signal.sigwait(signals)
+    found = signal.sigtimedwait(signals, max(deadline - time.monotonic(), 0))
+    return found.si_signo if found else 0
+
+
+def end_at_once():
+    """Wait for a second signal, and die of it; as process 1, which no signal kills, just exit."""
+    signum = signal.sigwait(STOP)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
+    os.kill(os.getpid(), signum)
+    os._exit(128 + signum)
+
+
 def work(server):
     """Serve until told to stop, and drain; return the exit status."""
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -2297,9 +2353,10 @@ def work(server):
             reload(server)
         if not CAN_WAIT:
             threading.Event().wait()
-    if CAN_WAIT and not server.supervisor:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)  # a second one ends at once
+    if not server.supervisor:
         note(server.settings, DRAINING)
+        if CAN_WAIT:
+            start_new_thread(end_at_once, ())
     if not server.drain(server.settings.shutdown_timeout):
         note(server.settings,
              f"{len(server.connections)} connections were cut off; SHUTDOWN_TIMEOUT")
@@ -2311,8 +2368,10 @@ def supervise(server):
 
     They share the server's socket. A second signal to stop ends them at once.
     """
-    settings, workers, status = server.settings, {}, 0
-    told, server.supervisor = 0, os.getpid()  # told: how often to stop
+    settings, workers, status, told = server.settings, {}, 0, 0  # told: how often to stop
+    owed = [(number, "") for number in range(settings.workers)]  # to be started, and why again
+    server.supervisor, names = os.getpid(), {number: number.name for number in signal.Signals}
+    signals, deadline = awaited(settings) | {signal.SIGCHLD}, None
 
     def start(number):
         pid = os.fork()
@@ -2329,39 +2388,45 @@ def supervise(server):
 
     def stop(signum):
         server.server_close()
+        owed.clear()
         for pid in workers:
             os.kill(pid, signum)  # those that have ended are zombies still
+        return time.monotonic() + settings.drain_delay + settings.shutdown_timeout + LINGER_SECONDS
 
-    for number in range(settings.workers):
-        start(number)
-    while workers:
-        signum = signal.sigwait(awaited(settings) | {signal.SIGCHLD})
-        if signum in STOP:
-            note(settings, DRAINING if not told else "stopped at once")
-            stop(signal.SIGKILL if told else signal.SIGTERM)
-            status, told = status or 128 + signum if told else status, told + 1
-        elif signum != signal.SIGCHLD:
+    while workers or owed:
+        try:
+            while owed:
+                pid = start(owed[0][0])
+                if why := owed.pop(0)[1]:
+                    note(settings, f"{why}; pid {pid} replaces it")
+        except OSError as error:
+            note(settings, f"no worker can be started: {error.strerror}; trying again")
+        signum = next_signal(signals, deadline or owed and time.monotonic() + 1)
+        if signum in STOP or not signum and deadline:
+            at_once = told or not signum
+            note(settings, "stopped at once" if at_once else DRAINING)
+            if told and signum:
+                status = status or 128 + signum
+            deadline, told = stop(signal.SIGKILL if at_once else signal.SIGTERM), told + 1
+        elif signum and signum != signal.SIGCHLD:
             reload(server)  # for those that are started later
             for pid in workers:
                 os.kill(pid, signum)
         for pid, (number, started) in list(workers.items()):
             ended, code = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                del workers[pid]
-            if not ended or told or status:
+            if not ended:
                 continue
+            del workers[pid]
             code = os.waitstatus_to_exitcode(code)
-            how = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
-            try:
-                if time.monotonic() < started + 1:
-                    raise ChildProcessError("it lived for less than a second")
-                new = start(number)
-                note(settings, f"worker {number} (pid {pid}) {how}; pid {new} replaces it")
-            except OSError as error:  # of fork(), too
-                note(settings, f"worker {number} (pid {pid}) {how} and is not replaced: {error};"
+            how = f"died of {names.get(-code, code)}" if code < 0 else f"ended with {code}"
+            if deadline:
+                continue
+            if time.monotonic() < started + 1:
+                note(settings, f"worker {number} (pid {pid}) {how} within a second of its start:"
                      " the service stops")
-                status = 3
-                stop(signal.SIGTERM)
+                status, deadline = 3, stop(signal.SIGTERM)
+            else:
+                owed.append((number, f"worker {number} (pid {pid}) {how}"))
     return status
 
 
@@ -2411,6 +2476,7 @@ def main():
     settings = read_settings(sys.argv[1:], os.environ)
     if CAN_WAIT:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # who started us may have ignored it
         signal.pthread_sigmask(signal.SIG_BLOCK, awaited(settings) | {signal.SIGCHLD})
     prepare_descriptors()
     threading.stack_size(STACK_BYTES)

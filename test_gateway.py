@@ -4089,14 +4089,14 @@ def workers_of(process, number=2):
     return [int(pid) for pid in children.read_text().split()]
 
 
-def kill(pid):
+def kill(pid, number=signal.SIGKILL):
     """Kill a worker, but not so early that it counts as one that dies at its start."""
     def age():
         ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
         up = float(Path("/proc/uptime").read_text().split()[0])
         return up - ticks / os.sysconf("SC_CLK_TCK")
     eventually(lambda: age() > 1.5)
-    os.kill(pid, signal.SIGKILL)
+    os.kill(pid, number)
 
 
 @contextlib.contextmanager
@@ -4421,3 +4421,123 @@ def test_a_socket_for_another_process_is_not_taken_and_what_is_none_is_one_line(
     with open(os.devnull) as file, activate(file.fileno()) as process:
         assert process.wait() in (1, 2) and len(process.lines) == 1
         assert "LISTEN_FDS" in process.log
+
+
+# -- what an auditor found in what production needs ------------------------------------------------
+
+
+def test_a_hostile_form_delays_nobody():
+    with forward(answers(response())) as (port, _):
+        began = time.monotonic()
+        assert ask(port, "POST", "/v1/audio/transcriptions", b"; name=model\r\n" * 99_999,
+                   "Content-Type: multipart/form-data; boundary=x").status == 200
+        assert time.monotonic() - began < SECONDS / 2  # it was minutes
+
+
+def test_the_fields_of_a_form_are_found_before_and_behind_its_file():
+    field = b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nb\r\n'
+    file = b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n%b\r\n' % (
+        b"\0" * 999_999)
+    with several(plays(listed=models("a")), plays(listed=models("b")),
+                 probe_interval=600) as (port, *backends):
+        for body in (field + file, file + field, file + field, field + file):
+            assert ask(port, "POST", "/v1/audio/transcriptions", body + b"--b--\r\n",
+                       "Content-Type: multipart/form-data; boundary=b").status == 200
+        assert counts(backends) == [0, 4]
+
+
+def test_a_gateway_among_its_own_backends_costs_no_request():
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+    with PlayedBackend(answers(response())) as backend, Process(
+            f"--port={port}", BACKEND_URL=f"http://127.0.0.1:{port},{backend.url}") as process:
+        assert {ask(process.port, body=CHAT).status for _ in range(6)} == {200}
+
+
+@pytest.mark.parametrize("origin", ((), ("Origin: https://b.example",)))
+def test_caches_are_told_that_a_reply_depends_on_its_origin(origin):
+    with serve(cors_origins="https://a.example") as server:
+        reply = ask(server.port, "GET", "/v1/models", b"", *origin)
+        assert reply.one("vary") == "Origin" and not reply.all("access-control-allow-origin")
+
+
+def test_who_needs_no_key_cannot_send_much():
+    with serve(api_keys="k") as server, Client(server.port) as client:
+        client.send(b"GET /healthz HTTP/1.1\r\nHost: t\r\nContent-Length: 9999999\r\n\r\n")
+        assert client.reply().status == 413
+
+
+def test_a_silent_backend_gets_no_request_while_another_can_have_it():
+    """It is not ejected, for its requests may be at work; but it gets no more of them."""
+    go = threading.Event()
+    def hangs(played, number):
+        played.request()
+        if number == 1:
+            return played.send(models("m"))
+        assert go.wait(SECONDS)
+    with several(hangs, plays(listed=models("m")), probe_interval=0.2, connect_timeout=0.5) as (
+            port, silent, other), contextlib.ExitStack() as stack:
+        waiting = [stack.enter_context(Client(port)).send(TO_CHAT) for _ in range(2)]
+        eventually(lambda: len(silent.requests) > 3)  # a second probe: the first had no answer
+        before = counts([silent])
+        assert {ask(port, body=CHAT).status for _ in range(6)} == {200}
+        assert counts([silent]) == before
+        for client in waiting:
+            client.vanish()
+        go.set()
+
+
+def test_retry_after_outlives_an_older_stream_that_breaks_off(log):
+    """No probe brings the backend back before the time that it asked for."""
+    go, probes = threading.Event(), []
+    def script(played, number):
+        head, _ = played.request()
+        if b"/v1/models" in head:
+            probes.append(number)
+            played.send(models("m"))
+        elif b"?held" in head:
+            played.send(EVENT)
+            assert go.wait(SECONDS)
+        else:
+            played.send(response(b"", "503 Busy", "Retry-After: 300"))
+    with several(script, probe_interval=0.1) as (port, _), contextlib.ExitStack() as stack:
+        client = hold(stack, port)
+        assert ask(port, body=CHAT).status == 503
+        go.set()
+        while client.more():
+            pass
+        seen_before = len(probes)
+        eventually(lambda: len(probes) > seen_before + 2)
+        assert not states(port, "up")[0][0]
+    assert [state for _, state in changes(log)] == ["down"]
+
+
+def test_a_503_whose_body_comes_too_slowly_is_passed_on_with_its_retry_after():
+    def script(played, number):
+        played.request()
+        played.send(b"HTTP/1.1 503 Busy\r\nRetry-After: 7\r\nContent-Length: 9\r\n\r\n")
+        played.wait_for_end()
+    with several(script, urls=[dead_address()]) as (port, *_):
+        reply = ask(port, body=CHAT)
+        assert (reply.status, reply.one("retry-after"), reply.body) == (503, "7", b"")
+
+
+def test_keys_can_come_from_a_pipe():
+    reader, writer = os.pipe()
+    os.write(writer, b"a=k1\n")
+    os.close(writer)
+    with serve(api_keys_file=f"/dev/fd/{reader}") as server:
+        assert ask(server.port, "GET", "/v1/models", b"", "Authorization: Bearer k1").status == 200
+    os.close(reader)
+
+
+def test_a_worker_that_dies_of_a_nameless_signal_is_replaced():
+    """Also where SIGCHLD was ignored by whoever started the gateway."""
+    with Process("--port=0", "--workers=2",
+                 python=("env", "--ignore-signal=CHLD", sys.executable)) as process:
+        first, second = workers_of(process)
+        kill(first, signal.SIGRTMIN + 3)
+        eventually(lambda: f"(pid {first}) died of -{signal.SIGRTMIN + 3}; pid" in process.log)
+        assert second in workers_of(process)
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait() == 0
