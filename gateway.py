@@ -828,9 +828,9 @@ class Metrics:
                 if kind == "gauge":
                     self.set(0, name)
 
-    def _series(self, slot):
+    def _series(self, row):
         """Yield the series of a row, each with the index of its first value."""
-        for slot in range(slot, slot + ROW_SLOTS - 1):
+        for slot in range(row, row + ROW_SLOTS - 1):
             at = slot * SLOT_CELLS * 8
             if not self._map[at]:
                 return
