@@ -156,8 +156,8 @@ def named_keys(text):
 
 def secret(text):
     """Parse one key."""
-    if not re.fullmatch("[!-~]*", text.strip()):
-        raise refused("a key is of visible ASCII characters")
+    if text and not re.fullmatch("[!-~]+", text.strip()):
+        raise refused("a key is of visible ASCII characters, at least one")
     return text.strip()
 
 
@@ -276,21 +276,20 @@ def contradiction(settings, environ):
 
 def read_secrets(settings):
     """Return the clients' (name, key) pairs and the backends' key or ""; raises ValueError."""
-    keys, backend_key, name = settings.api_keys, settings.backend_api_key, ""
-    try:
-        if settings.api_keys_file:
-            name, path = "API_KEYS_FILE", settings.api_keys_file
-            with open(path, encoding="ascii") as file:
-                keys = keys + named_keys(file.read() or "\n")
-        if settings.backend_api_key_file:
-            name, path = "BACKEND_API_KEY_FILE", settings.backend_api_key_file
-            with open(path, encoding="ascii") as file:
-                backend_key = secret(file.read())
-            if not backend_key:
-                raise refused("the file is empty")
-    except (OSError, ValueError, argparse.ArgumentTypeError) as error:
-        why = error if isinstance(error, argparse.ArgumentTypeError) else "not ASCII text"
-        raise ValueError(f"{name}: {getattr(error, 'strerror', None) or why}") from None
+    def read(name, parse):
+        try:
+            with open(getattr(settings, name), encoding="ascii") as file:
+                return parse(file.read() or "\n")
+        except argparse.ArgumentTypeError as error:
+            why = error
+        except (OSError, ValueError) as error:  # its text may hold bytes of the file
+            why = getattr(error, "strerror", None) or "not ASCII text"
+        raise ValueError(f"{name.upper()}: {why}")
+    keys, backend_key = settings.api_keys, settings.backend_api_key
+    if settings.api_keys_file:
+        keys = keys + read("api_keys_file", named_keys)
+    if settings.backend_api_key_file:
+        backend_key = read("backend_api_key_file", secret)
     return keys, backend_key
 
 
@@ -389,6 +388,9 @@ class BackendTimeout(APIError):
     def __init__(self):
         super().__init__(504, "backend_timeout", "the backend was silent for BACKEND_TIMEOUT"
                          " seconds; try again later, or raise it")
+
+
+FAILURES = (Unreachable, Broken, BackendTimeout)  # of a backend, which is then left alone
 
 
 class TooLarge(APIError):
@@ -761,6 +763,11 @@ def note(settings, text):
     log(json.dumps(form) if settings.log_format == "json" else "{time} {message}".format(**form))
 
 
+def note_internal_error(settings, where):
+    """Write the exception that is being handled, which is our own fault."""
+    note(settings, f"internal error, {where}\n{traceback.format_exc()}")
+
+
 def printable(text):
     """Return at most 100 characters of `text`, as a JSON string if it is not plain ASCII words."""
     text = text[:100]
@@ -824,9 +831,7 @@ class Metrics:
         self._starts = {series: start for series, start in self._series(self._row)}
         for name, (kind, _, labels, _) in FAMILIES.items():
             if kind != "histogram" and not labels:
-                self.add(0, name)
-                if kind == "gauge":
-                    self.set(0, name)
+                self.set(0, name) if kind == "gauge" else self.add(0, name)
 
     def _series(self, row):
         """Yield the series of a row, each with the index of its first value."""
@@ -926,15 +931,15 @@ def sample(name, labels, values, value):
 # neither side said close; and it is used again only if nothing has come since. A request goes out
 # twice only if no backend can have seen it, or if repeating it changes nothing: to the same one if
 # a reused link ended before the first byte of an answer, and to one other if the first one failed.
-# So a request that crashes what it reaches takes down two backends at most.
+# So a request that crashes what it reaches takes down two backends at most. A backend that fails is
+# left alone for a time that doubles; a probe, or one request, then finds out whether it is back.
 
 IDLE_SECONDS = 4        # uvicorn, and so vLLM, closes an idle connection after 5
 RECEIVE_BYTES = 65_536  # one read; larger ones cost more to allocate than they save in calls
-
-MAX_BACK_OFF = 30        # seconds, doubled from 1, that a failing backend is left alone
-MAX_RETRY_AFTER = 300    # seconds that a backend may ask for
+MAX_BACK_OFF = 30       # seconds, doubled from 1, that a failing backend is left alone
+MAX_RETRY_AFTER = 300   # seconds that a backend may ask for
 MAX_HELD_BYTES = 4 << 20  # of a list of models, or an answer that is held while another is asked
-HOLD_SECONDS = 1          # for such an answer to come: the other backend is waiting
+HOLD_SECONDS = 1        # for such an answer to come: another backend can be asked meanwhile
 BUSY = frozenset((502, 503, 504, 508))  # it, or one behind it, cannot answer now: another may
 
 
@@ -1037,7 +1042,7 @@ class Link:
 class Response:
     """A backend's response: its head, and its body as it comes.
 
-    `whole` tells that all of the body came with the head; `rest` is what came.
+    `whole` tells that all of the body is here; `rest` is what came of it. `deadline` bounds read().
     """
 
     def __init__(self, pool, request, status_line, index, lines, rest):
@@ -1297,8 +1302,8 @@ class Backends:
 
         What was sent decides, and the class of the failure proves it. A backend that could not be
         reached has not seen the request: the next one gets it. If one broke, or answered 429, 502,
-        503 or 504, one other gets it, if it may be repeated. A time-out is final: the backend may
-        be at work. Of what came back, the last stands. Raises APIError, or ClientGone.
+        503, 504 or 508, one other gets it, if it may be repeated. A time-out is final: the backend
+        may be at work. Of what came back, the last stands. Raises APIError, or ClientGone.
         """
         tried, last, url, again, only_free = [], None, "", request.repeatable, False
         backend = self._choose(request, tried)
@@ -1374,7 +1379,7 @@ class Backends:
             if request.cancelled:
                 raise ClientGone from None
             outcome = error.code
-            if isinstance(error, (Unreachable, Broken, BackendTimeout)):
+            if isinstance(error, FAILURES):
                 backend.silent = isinstance(error, BackendTimeout) and self._interval > 0
                 self.failed(backend, error.message)
             raise
@@ -1455,12 +1460,12 @@ class Backends:
                 self.succeeded(backend)
         except APIError as error:
             backend.silent = isinstance(error, BackendTimeout) or request.cancelled
-            if not (backend.silent and backend.in_flight) and error.status != 503:
+            if isinstance(error, FAILURES) and not (backend.silent and backend.in_flight):
                 self.failed(backend, error.message)
         except ClientGone:
             pass
         except Exception:
-            note(self.settings, f"internal error, {backend.url}\n{traceback.format_exc()}")
+            note_internal_error(self.settings, backend.url)
         finally:
             self._prober.drop(request)
             backend.probing, backend.probed = None, True
@@ -1645,8 +1650,7 @@ class Handler(BaseHTTPRequestHandler):
         except ClientGone:
             self.give_up()
         except Exception:
-            note(self.settings, f"internal error, id={record.request_id}\n"
-                 + traceback.format_exc())
+            note_internal_error(self.settings, f"id={record.request_id}")
             self.fail(APIError(500, "internal_error", "the gateway failed; its log says why"))
         finally:
             line = record.line(self.settings.log_format)
@@ -1792,7 +1796,7 @@ class Handler(BaseHTTPRequestHandler):
             status, state = self.server.readiness()
             self.reply(status, json.dumps(state).encode())
         elif path == "/metrics":
-            self.reply(200, self.server.metrics.render(self.server.gauges()), (), METRICS_TYPE)
+            self.reply(200, self.server.metrics_text(), (), METRICS_TYPE)
         elif path == "/v1/chat/completions":
             self.echo(parse_json(body))
         else:
@@ -1852,7 +1856,6 @@ class Handler(BaseHTTPRequestHandler):
                     backends.failed(request.backend, error.message)
                 raise
             finally:
-                self.forwarding = None
                 backends.release(request)
                 server.admission.leave()
         except APIError:
@@ -1902,26 +1905,14 @@ class Handler(BaseHTTPRequestHandler):
         return b"\r\n".join(lines)
 
     def relay(self, response):
-        """Pass the response on, each piece as it comes; raises Broken if it does not become whole.
-
-        Of an event stream, what is behind the last whole event is held back: if the backend dies,
-        an error event can follow at a boundary.
-        """
-        index, lines, length, record = response.index, response.lines, response.length, self.record
-        theirs = index.get(b"x-request-id", index.get(b"x-backend-request-id"))
-        if theirs and theirs != record.request_id.encode():
-            lines.append(b"X-Backend-Request-ID: " + theirs)
-        if b"date" not in index:
-            lines.append(self.server.date)
-        if record.method == "HEAD" or response.status in (204, 304):
-            if b"content-length" in index and response.status != 204:  # what a GET would have
-                lines.append(b"Content-Length: " + index[b"content-length"])
-            self.begin(response.status, response.reason, lines, None)
-            return self.write(b"")
+        """Pass the response on; raises Broken if it does not become whole."""
+        index, length, record = response.index, response.length, self.record
         events = (index.get(b"content-type", b"").lower().startswith(b"text/event-stream")
                   and b"content-encoding" not in index)
-        if events:
-            lines += [line for name, line in UNBUFFERED.items() if name not in index]
+        lines = self.lines_for_client(response, events)
+        if record.method == "HEAD" or response.status in (204, 304):
+            self.begin(response.status, response.reason, lines, None)
+            return self.write(b"")
         answered = record.method == "POST" and response.status == 200
         if response.whole:
             self.begin(response.status, response.reason, lines, length)
@@ -1929,12 +1920,36 @@ class Handler(BaseHTTPRequestHandler):
             return self.write(response.rest)
         self.begin(response.status, response.reason, lines, UNTIL_CLOSE if events else length)
         self.write(b"")
-        self.at_boundary, tail, proven_whole = events, b"", length != UNTIL_CLOSE
-        recent = b""
+        end_of_body = self.relay_pieces(response, events)
+        record.usage = answered and token_usage(end_of_body)
+        self.write_end()
+
+    def lines_for_client(self, response, events):
+        """Return the response's header lines for the client: the backend's and our own."""
+        index, lines = response.index, response.lines
+        theirs = index.get(b"x-request-id", index.get(b"x-backend-request-id"))
+        if theirs and theirs != self.record.request_id.encode():
+            lines.append(b"X-Backend-Request-ID: " + theirs)
+        if b"date" not in index:
+            lines.append(self.server.date)
+        if b"content-length" in index and (  # what a GET would have
+                response.status == 304 or self.record.method == "HEAD" and response.status != 204):
+            lines.append(b"Content-Length: " + index[b"content-length"])
+        elif events and self.record.method != "HEAD" and response.status not in (204, 304):
+            lines += [line for name, line in UNBUFFERED.items() if name not in index]
+        return lines
+
+    def relay_pieces(self, response, events):
+        """Pass each piece of the body on as it comes, and return the last of its bytes.
+
+        Of an event stream, what is behind the last whole event is held back: if the backend dies,
+        an error event can follow at a boundary.
+        """
+        recent = tail = b""
+        self.at_boundary, proven_whole = events, response.length != UNTIL_CLOSE
         for piece in response.pieces():
             proven_whole = proven_whole or events and LAST_EVENT.search(tail + piece)
-            if answered:
-                recent = (recent + piece)[-USAGE_BYTES:]
+            recent = (recent + piece)[-USAGE_BYTES:]
             if events:
                 piece = tail + piece
                 end = events_end(piece)
@@ -1943,11 +1958,10 @@ class Handler(BaseHTTPRequestHandler):
                 piece, tail = piece[:end], piece[end:]
             self.write_piece(piece)
         if events and not proven_whole and (
-                tail or record.path in PARSED and response.status == 200):
+                tail or self.record.path in PARSED and response.status == 200):
             raise Broken("closed the connection before the end of its event stream")
         self.write_piece(tail)
-        record.usage = answered and token_usage(recent)
-        self.write_end()
+        return recent
 
     def reply(self, status, body=b"", lines=(), kind=JSON_TYPE):
         """Answer with a body of our own."""
@@ -2206,15 +2220,14 @@ class Server(ThreadingHTTPServer):
 
     def handle_error(self, request, client_address):
         """Log what escaped a Handler, as one write."""
-        note(self.settings, f"internal error, client={client_address[0]}\n"
-             + traceback.format_exc())
+        note_internal_error(self.settings, f"client={client_address[0]}")
 
     def service_actions(self):
         try:
             if time.monotonic() >= self.next_sweep:
                 self.sweep()
         except Exception:  # it would end serve_forever: a process that lives and accepts nothing
-            note(self.settings, f"internal error\n{traceback.format_exc()}")
+            note_internal_error(self.settings, "sweep")
 
     def sweep(self):
         """Cancel what is forwarded for clients that have gone; close what is due to be closed."""
@@ -2226,7 +2239,7 @@ class Server(ThreadingHTTPServer):
                 forwarding[handler.connection.fileno()] = request
         for descriptor in hung_up(forwarding):
             self.backends.pool.cancel(forwarding[descriptor])
-        self.gauges()
+        self.set_gauges()
         if self.backends:
             self.backends.expire()
             self.backends.probe_due()
@@ -2235,16 +2248,21 @@ class Server(ThreadingHTTPServer):
         while self.parting and (self.parting[0][0] < time.monotonic() or len(self.parting) > 1000):
             self.parting.pop(0)[1].close()
 
-    def gauges(self):
-        """Set this worker's gauges; return those that are no sums over the workers."""
+    def set_gauges(self):
+        """Tell the metrics how many requests of this worker are at the backends, or wait."""
         waiting = len(self.admission.queue)
         forwarding = sum(1 for handler in list(self.connections.values())
                          if handler and handler.forwarding)
         self.metrics.set(max(forwarding - waiting, 0), "gateway_requests_in_flight")
         self.metrics.set(waiting, "gateway_queue_depth")
+
+    def metrics_text(self):
+        """Return the text of /metrics; which backends are up is the view of this worker."""
+        self.set_gauges()
         backends = self.backends.all if self.backends else ()
-        return {"gateway_build_info": {(__version__,): 1},
-                "gateway_backend_up": {(backend.url,): backend.up for backend in backends}}
+        return self.metrics.render({
+            "gateway_build_info": {(__version__,): 1},
+            "gateway_backend_up": {(backend.url,): backend.up for backend in backends}})
 
     def readiness(self):
         """Return the status and the JSON of /readyz."""
@@ -2363,28 +2381,41 @@ def work(server):
     return 0
 
 
+def start_worker(server, number):
+    """Fork a worker and return its process id; raises OSError."""
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            server.metrics.attach(number)
+            status = work(server)
+        except BaseException:
+            note_internal_error(server.settings, f"worker {number}")
+        os._exit(status)
+    return pid
+
+
+def reap(workers):
+    """Forget the workers that have ended; yield of each its number, age in seconds, and fate."""
+    for pid, (number, started) in list(workers.items()):
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            del workers[pid]
+            code = os.waitstatus_to_exitcode(status)
+            name = next((known.name for known in signal.Signals if known == -code), code)
+            fate = f"died of {name}" if code < 0 else f"ended with {code}"
+            yield number, time.monotonic() - started, f"worker {number} (pid {pid}) {fate}"
+
+
 def supervise(server):
     """Keep WORKERS processes at work until told to stop; return the exit status.
 
-    They share the server's socket. A second signal to stop ends them at once.
+    They share the server's socket. A second signal to stop ends them at once, as does the deadline
+    of a drain.
     """
-    settings, workers, status, told = server.settings, {}, 0, 0  # told: how often to stop
+    settings, workers, status, told, deadline = server.settings, {}, 0, 0, None
     owed = [(number, "") for number in range(settings.workers)]  # to be started, and why again
-    server.supervisor, names = os.getpid(), {number: number.name for number in signal.Signals}
-    signals, deadline = awaited(settings) | {signal.SIGCHLD}, None
-
-    def start(number):
-        pid = os.fork()
-        if not pid:
-            code = 1
-            try:
-                server.metrics.attach(number)
-                code = work(server)
-            except BaseException:
-                note(settings, f"internal error, worker {number}\n{traceback.format_exc()}")
-            os._exit(code)
-        workers[pid] = number, time.monotonic()
-        return pid
+    signals, server.supervisor = awaited(settings) | {signal.SIGCHLD}, os.getpid()
 
     def stop(signum):
         server.server_close()
@@ -2396,8 +2427,11 @@ def supervise(server):
     while workers or owed:
         try:
             while owed:
-                pid = start(owed[0][0])
-                if why := owed.pop(0)[1]:
+                number, why = owed[0]
+                pid = start_worker(server, number)
+                workers[pid] = number, time.monotonic()
+                del owed[0]
+                if why:
                     note(settings, f"{why}; pid {pid} replaces it")
         except OSError as error:
             note(settings, f"no worker can be started: {error.strerror}; trying again")
@@ -2405,28 +2439,18 @@ def supervise(server):
         if signum in STOP or not signum and deadline:
             at_once = told or not signum
             note(settings, "stopped at once" if at_once else DRAINING)
-            if told and signum:
-                status = status or 128 + signum
+            status = status or (128 + signum if told and signum else 0)
             deadline, told = stop(signal.SIGKILL if at_once else signal.SIGTERM), told + 1
         elif signum and signum != signal.SIGCHLD:
             reload(server)  # for those that are started later
             for pid in workers:
                 os.kill(pid, signum)
-        for pid, (number, started) in list(workers.items()):
-            ended, code = os.waitpid(pid, os.WNOHANG)
-            if not ended:
-                continue
-            del workers[pid]
-            code = os.waitstatus_to_exitcode(code)
-            how = f"died of {names.get(-code, code)}" if code < 0 else f"ended with {code}"
-            if deadline:
-                continue
-            if time.monotonic() < started + 1:
-                note(settings, f"worker {number} (pid {pid}) {how} within a second of its start:"
-                     " the service stops")
+        for number, age, fate in reap(workers):
+            if not deadline and age < 1:
+                note(settings, f"{fate} within a second of its start: the service stops")
                 status, deadline = 3, stop(signal.SIGTERM)
-            else:
-                owed.append((number, f"worker {number} (pid {pid}) {how}"))
+            elif not deadline:
+                owed.append((number, fate))
     return status
 
 
