@@ -50,6 +50,7 @@ import uuid
 from _thread import start_new_thread
 from base64 import b64encode
 from bisect import bisect_left
+from collections import defaultdict
 from contextlib import suppress
 from email.utils import formatdate
 from functools import lru_cache
@@ -423,6 +424,7 @@ CHUNKED, UNTIL_CLOSE = -1, sys.maxsize  # lengths of a body that are not known b
 HOP_BY_HOP = frozenset((
     b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding",
     b"upgrade", b"proxy-authenticate", b"proxy-authentication-info", b"proxy-authorization"))
+PERSISTENCE = {b"close", b"keep-alive"}  # what Connection says of itself
 NOT_FORWARDED = HOP_BY_HOP | {
     b"host", b"content-length", b"expect", b"x-request-id", b"x-forwarded-for",
     b"x-forwarded-proto", b"x-forwarded-host"}
@@ -431,7 +433,7 @@ CORS_FIELDS = {b"access-control-allow-origin", b"access-control-allow-credential
                b"access-control-expose-headers"}
 
 TOKEN, VALUE = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", rb"[^\x00-\x08\n-\x1f\x7f]*"
-FIELDS = re.compile(rb"(?:%b:%b\r\n)*+" % (TOKEN, VALUE))
+FIELD = re.compile(rb"(%b):(%b)" % (TOKEN, VALUE))
 REQUEST_LINE = re.compile(rb"(%b) ([!\"$-~]+) HTTP/([0-9])\.([0-9])" % TOKEN)
 STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (%b))?" % VALUE)
 NEVER_IN_A_HEAD = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n|\Z)|(?<!\r)\n")
@@ -449,64 +451,71 @@ REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 TRACE = re.compile(rb"(?!ff|00.{54})[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}"
                    rb"-[0-9a-f]{2}(?:-.*)?")  # W3C Trace Context, 3.2.2
 USAGE = re.compile(rb'"usage"[ \t\r\n]*:[ \t\r\n]*\{')
-TOKENS = re.compile(rb'"(prompt|input|completion|output)_tokens"[ \t\r\n]*:[ \t\r\n]*'
-                    rb"([0-9]{1,15})(?![0-9.eE])")
+TOKEN_COUNTS = [re.compile(rb'"(?:%b)_tokens"[ \t\r\n]*:[ \t\r\n]*([0-9]{1,15})(?![0-9.eE])' % name)
+                for name in (b"prompt|input", b"completion|output")]
 FORM_MODEL = re.compile(rb'[; ]name="?model"?\r\n(?:[^\r\n]{1,256}\r\n){0,8}\r\n'
                         rb"([^\r\n]{1,256})\r\n")  # bounded: each of its starts is hostile
 REQUEST_ID_LINE = re.compile(rb"(?im)^(x-request-id|request-id):[ \t]*([!-~]{1,128})[ \t]*\r?$")
 
 
 def find_head(data, scanned=0):
-    """Return where the head in `data` ends, with its last line's CR LF; -1 if it is not all there.
+    """Return where the empty line behind the head in `data` begins; -1 if it is not all there.
 
     `scanned` bytes were looked at before. Raises as soon as the head cannot become valid: a line
     without CR, or the first byte of a TLS handshake, is answered and not waited for.
     """
     start = max(0, scanned - 3)
-    end = data.find(b"\r\n\r\n", start) + 2
-    if max(end, len(data) if end == 1 else 0) > MAX_HEAD_BYTES:
+    end = data.find(b"\r\n\r\n", start)
+    if (len(data) if end < 0 else end + 2) > MAX_HEAD_BYTES:
         raise Malformed(f"a head may have {MAX_HEAD_BYTES} bytes; send less", 431,
                         "request_header_fields_too_large")
-    if end == 1 and NEVER_IN_A_HEAD.search(data, start):
+    if end < 0 and NEVER_IN_A_HEAD.search(data, start):
         raise Malformed("the head holds a control character, or a line that ends without CR LF")
-    return end if end > 1 else -1
+    return end
+
+
+@lru_cache(256)
+def parse_field(line):
+    """Return the lower-case name and the value of a header field (5); raises Malformed."""
+    match = FIELD.fullmatch(line)
+    if not match:
+        raise Malformed("a header field is not of the form 'name: value' (RFC 9112, section 5)")
+    return match[1].lower(), match[2].strip(b" \t")
 
 
 def parse_head(head, drop):
-    """Return (first line, index, lines) of a head (5) whose lines all end with CR LF.
+    """Return (first line, index, lines) of a head (5) without its last CR LF.
 
     The index gives a lower-case name's value; `lines` are those whose names are not in `drop`.
     """
-    start, _, block = head.partition(b"\r\n")
-    if not FIELDS.fullmatch(block):
-        raise Malformed("a header field is not of the form 'name: value' (RFC 9112, section 5)")
-    index, lines = {}, []
-    for line in block.split(b"\r\n")[:-1]:
-        name, _, value = line.partition(b":")
-        name, value = name.lower(), value.strip(b" \t")
-        index[name] = b"%b, %b" % (index[name], value) if name in index else value
-        if name not in drop:
-            lines.append(line)
-    if block.count(b"\r\n") > MAX_FIELDS:
+    start, *lines = head.split(b"\r\n")
+    fields = list(map(parse_field, lines))
+    index = dict(fields)
+    if len(lines) > MAX_FIELDS:
         raise Malformed(f"a head may have {MAX_FIELDS} fields; send fewer", 431,
                         "request_header_fields_too_large")
-    if b"connection" in index:
-        named = tokens(index[b"connection"]) - {b"close", b"keep-alive"}
-        lines = [line for line in lines if line.partition(b":")[0].lower() not in named]
-    return start, index, lines
+    if len(index) < len(fields):
+        index = {name: b", ".join(value for same, value in fields if same == name)
+                 for name in index}
+    if named := tokens(index.get(b"connection", b"close")) - PERSISTENCE:
+        drop = drop | named
+    return start, index, [line for line, field in zip(lines, fields) if field[0] not in drop]
 
 
+@lru_cache(64)
 def tokens(value):
     """Return the lower-case tokens of a comma-separated field as a set."""
-    return {token.strip(b" \t") for token in value.lower().split(b",")}
+    return frozenset(token.strip(b" \t") for token in value.lower().split(b","))
 
 
-def is_persistent(index, minor):
-    """Tell whether the sender of this head keeps the connection open after its message (9.3)."""
-    options = tokens(index[b"connection"]) if b"connection" in index else ()
+@lru_cache(64)
+def is_persistent(connection, minor):
+    """Tell whether who sent this Connection field, or b"", keeps the connection open (9.3)."""
+    options = tokens(connection)
     return b"close" not in options and (minor == 1 or b"keep-alive" in options)
 
 
+@lru_cache(64)
 def parse_request_line(line):
     """Return method, target and minor version (3); raises Malformed: 400, 414 or 505."""
     match = REQUEST_LINE.fullmatch(line)
@@ -519,13 +528,23 @@ def parse_request_line(line):
     return match[1].decode(), match[2], min(int(match[4]), 1)
 
 
-def parse_target(method, target, index, minor):
-    """Return authority, and path with query (3.2); raises Malformed.
+@lru_cache(64)
+def parse_status_line(line):
+    """Return minor version, status and reason (4); raises Malformed."""
+    match = STATUS_LINE.fullmatch(line)
+    if not match or match[2] == b"101":  # nobody asked to switch protocols
+        raise Malformed("its status line is not of the form 'HTTP/1.1 200 OK'")
+    return int(match[1]), int(match[2]), match[3] or b""
+
+
+@lru_cache(64)
+def parse_target(method, target, host, minor):
+    """Return authority, path, and path with query (3.2), for a Host or None; raises Malformed.
 
     Dot segments are refused: the backend could resolve them to a path that is not below /v1.
     """
-    authority = index.get(b"host", b"")
-    if not HOST.fullmatch(authority) and (minor or b"host" in index):
+    authority = host or b""
+    if not HOST.fullmatch(authority) and (minor or host is not None):
         raise Malformed("a request needs exactly one valid Host field")
     if target[:1] != b"/":
         absolute = ABSOLUTE.fullmatch(target)
@@ -538,25 +557,25 @@ def parse_target(method, target, index, minor):
     if b"/." in path or b"%" in path or b"\\" in path:
         if {b".", b".."}.intersection(re.split(rb"[/\\]", urllib.parse.unquote_to_bytes(path))):
             raise Malformed("the path holds '.' or '..'; send the path that it leads to")
-    return authority, target
+    return authority, path.decode(), target.decode()
 
 
-def content_length(index):
+@lru_cache(256)
+def content_length(value):
     """Return the Content-Length (6.2), None if there is none; raises Malformed if in doubt."""
-    value = index.get(b"content-length")
     if value is not None and not (value.isdigit() and len(value) < 16):
         raise Malformed("Content-Length must be there once, as digits")
-    return None if value is None else int(value)
+    return value and int(value)
 
 
 def request_length(index, minor):
     """Return the length of a request's body (6.3), or CHUNKED; raises Malformed."""
-    length, coding = content_length(index), index.get(b"transfer-encoding")
-    if coding is None:
+    length = content_length(index.get(b"content-length"))
+    if b"transfer-encoding" not in index:
         return length or 0
     if length is not None or not minor:
         raise Malformed("Transfer-Encoding beside Content-Length, or in HTTP/1.0, is ambiguous")
-    coding = coding.lower()
+    coding = index[b"transfer-encoding"].lower()
     if coding != b"chunked" and b"chunked" in tokens(coding.rpartition(b",")[0]):
         raise Malformed("Transfer-Encoding must name 'chunked' once, and last")
     if coding != b"chunked":
@@ -566,12 +585,12 @@ def request_length(index, minor):
 
 def response_length(method, status, index, minor):
     """Return the length of a response's body (6.3), CHUNKED or UNTIL_CLOSE; raises Malformed."""
-    length, coding = content_length(index), index.get(b"transfer-encoding")
+    length = content_length(index.get(b"content-length"))
     if method == "HEAD" or status in (204, 304):
         return 0
-    if coding is None:
+    if b"transfer-encoding" not in index:
         return UNTIL_CLOSE if length is None else length
-    if length is not None or not minor or coding.lower() != b"chunked":
+    if length is not None or not minor or index[b"transfer-encoding"].lower() != b"chunked":
         raise Malformed("its transfer coding is unknown or in doubt")
     return CHUNKED
 
@@ -634,12 +653,13 @@ def token_usage(data):
 
     Inside a JSON string its quotes would be escaped: a model cannot write one into its text.
     """
-    at = len(data)
-    while (at := data.rfind(b'"usage"', 0, at)) >= 0 and not USAGE.match(data, at):
-        pass
-    found = dict(TOKENS.findall(data, at, at + 2000)) if at >= 0 else {}
-    return tuple(int(found[a]) if a in found else int(found[b]) if b in found else None
-                 for a, b in ((b"prompt", b"input"), (b"completion", b"output")))
+    at = data.rfind(b'"usage"')
+    while at >= 0 and not USAGE.match(data, at):
+        at = data.rfind(b'"usage"', 0, at)
+    if at < 0:
+        return ()
+    asked, answered = (pattern.search(data, at, at + 2000) for pattern in TOKEN_COUNTS)
+    return asked and int(asked[1]), answered and int(answered[1])
 
 
 def key_name(keys, authorization):
@@ -682,7 +702,10 @@ def parse_json(body):
     over 4,300 digits are a ValueError of the standard parser, deep nesting a RecursionError.
     """
     try:
-        value = JSON.decode(body.decode())
+        text = body.decode().strip(" \t\r\n")
+        value, end = JSON.raw_decode(text)
+        if end < len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
     except (ValueError, RecursionError) as error:
         why = str(error)[:200] if isinstance(error, ValueError) else "it is nested too deeply"
         raise APIError(400, "invalid_json", f"the body is not valid JSON: {why}") from None
@@ -727,6 +750,7 @@ FAMILIES = {  # name: (type, help, labels, upper bounds of the buckets)
         "histogram", "From a forwarded request's last byte to its reply's first, less the waiting"
         " for the backend and for its turn.", (), OVERHEAD),
     "gateway_build_info": ("gauge", "1, with the gateway's version.", ("version",), ())}
+BOUNDS = {name: family[3] for name, family in FAMILIES.items()}
 REPEATABLE = frozenset("/v1/" + name for name in (  # POSTs that change nothing on the backend
     "chat/completions", "completions", "embeddings", "moderations", "rerank", "score", "classify",
     "tokenize", "detokenize", "audio/speech", "audio/transcriptions", "audio/translations"))
@@ -735,14 +759,15 @@ OPERATIONS = dict.fromkeys(REPEATABLE, "other") | {
     "/v1/embeddings": "embeddings", "/v1/responses": "chat", "/v1/messages": "chat"}
 PLAIN = re.compile(r"[!#-\[\]-~]+")
 STATUSES = frozenset((499, *HTTPStatus))
-NAME_CELLS, SLOT_CELLS, ROW_SLOTS = 38, 64, 1500  # cells are 8 bytes; most pages are never used
-SUM = SLOT_CELLS - NAME_CELLS - 1  # where a histogram's sum is, behind its buckets
+NAME_BYTES, SLOT_BYTES, ROW_SLOTS = 304, 512, 1500  # most pages of a row are never used
 
 
 def log(line):
     """Write a line to stderr with one write, so that those of threads and processes stay whole."""
-    with suppress(OSError):  # a closed stderr is no reason to fail a request
+    try:
         os.write(2, line.encode("ascii", "backslashreplace") + b"\n")
+    except OSError:
+        pass  # a closed stderr is no reason to fail a request
 
 
 @lru_cache(1)
@@ -780,21 +805,20 @@ class Record:
     `result` is the outcome in five words, for the metrics: ok (whatever the status), refused (by
     us, 4xx), failed (5xx), cut, or client_closed. In seconds: `first` and `first_piece` are when
     the reply and its streamed body began, `asked` when the request had been read, `waited` is how
-    long others kept it waiting.
+    long others kept it waiting. `tries` are the backends that were tried, each with its outcome.
     """
 
     LOGGED = ("time", "request_id", "trace_id", "client", "key", "method", "path", "status",
               "model", "backend", "stream", "bytes", "first_byte_ms", "duration_ms", "outcome")
-    __slots__ = (*LOGGED, "began", "first", "first_piece", "asked", "waited", "usage", "tries",
-                 "result")
+    request_id = ""  # none is known yet; "-" would be a valid one
+    method = path = model = backend = key = trace_id = "-"
+    outcome = result = "ok"
+    stream, usage, tries = False, (), ()
+    status = bytes = waited = 0
+    first = first_piece = asked = None
 
     def __init__(self, client):
-        self.began, self.client, self.status, self.bytes = time.monotonic(), client, 0, 0
-        self.request_id, self.method = "", "-"  # no id is known yet; "-" would be a valid one
-        self.path = self.model = self.backend = self.key = self.trace_id = "-"
-        self.stream, self.outcome, self.result = False, "ok", "ok"
-        self.first = self.first_piece = self.asked = self.usage = None
-        self.waited, self.tries = 0.0, 0
+        self.began, self.client = time.monotonic(), client
 
     def line(self, form):
         """End the record and return its line for the log."""
@@ -812,108 +836,106 @@ class Record:
                 f" key={self.key} id={self.request_id} {self.outcome}")
 
 
-class Metrics:
-    """The counters of all workers: a row of slots for each in one mapping, made before the fork.
+class Series(dict):
+    """The series of one worker, in its row of the mapping that all workers share.
 
-    A slot is a series, as text, and its values: one, or a histogram's buckets and its sum.
-    Invariant: a worker writes to its own row alone, under `lock`; any reads all. Who takes a dead
-    worker's place goes on in its row: no counter goes back.
+    For a family and its labels, a tuple of texts, there are the values: one, or the counts of a
+    histogram's buckets and, last, its sum. A series begins, at 0, when it is first asked for; in
+    the row each has a slot, in which its name and then its values stand.
+    """
+
+    def __init__(self, row):
+        self._row = row
+        while (at := len(self) * SLOT_BYTES) < len(row) and row[at]:
+            self._add(tuple(bytes(row[at:at + NAME_BYTES]).rstrip(b"\0").decode().split("\t")))
+
+    def _add(self, series):
+        at = min(len(self), ROW_SLOTS - 1) * SLOT_BYTES
+        size = len(BOUNDS[series[0]]) + 2 if BOUNDS[series[0]] else 1
+        self[series] = self._row[at + NAME_BYTES:at + NAME_BYTES + 8 * size].cast("d")
+
+    def __missing__(self, series):
+        name, at = "\t".join(series).encode()[:NAME_BYTES], len(self) * SLOT_BYTES
+        self._add(series)
+        if len(self) < ROW_SLOTS:  # the last slot is for all that find no room, and never read
+            self._row[at + 1:at + len(name)] = name[1:]
+            self._row[at] = name[0]  # from here on it is seen, also by others
+        return self[series]
+
+
+class Metrics:
+    """The counters of all workers, a row for each in one mapping made before the fork.
+
+    Invariant: a worker writes to `series`, its own row, alone, under `lock`; any reads all. Who
+    takes a dead worker's place goes on in its row: no counter goes back.
     """
 
     def __init__(self, workers):
-        self._map = mmap.mmap(-1, workers * ROW_SLOTS * SLOT_CELLS * 8)
-        self._cells, self.lock = memoryview(self._map).cast("d"), threading.Lock()
+        size = ROW_SLOTS * SLOT_BYTES
+        whole, self.lock = memoryview(mmap.mmap(-1, workers * size)), threading.Lock()
+        self._rows = [whole[start:start + size] for start in range(0, len(whole), size)]
         self.attach(0)
 
     def attach(self, worker):
         """Go on in the row of this worker, with its gauges at 0."""
-        self._row = worker * ROW_SLOTS
-        self._starts = {series: start for series, start in self._series(self._row)}
+        self.series = Series(self._rows[worker])
         for name, (kind, _, labels, _) in FAMILIES.items():
             if kind != "histogram" and not labels:
-                self.set(0, name) if kind == "gauge" else self.add(0, name)
+                self.series[name,][0] *= kind == "counter"
 
-    def _series(self, row):
-        """Yield the series of a row, each with the index of its first value."""
-        for slot in range(row, row + ROW_SLOTS - 1):
-            at = slot * SLOT_CELLS * 8
-            if not self._map[at]:
-                return
-            name = self._map[at:at + NAME_CELLS * 8].rstrip(b"\0").decode()
-            yield tuple(name.split("\t")), slot * SLOT_CELLS + NAME_CELLS
-
-    def _start(self, series):
-        """Give a new series a slot, and return the index of its first value."""
-        slot = self._row + min(len(self._starts), ROW_SLOTS - 1)  # the last one is never read
-        size, at = NAME_CELLS * 8, slot * SLOT_CELLS * 8
-        name = "\t".join(series).encode()[:size].ljust(size, b"\0")
-        self._map[at + 1:at + size] = name[1:]
-        self._map[at] = name[0]  # from here on it is seen, also by others
-        self._starts[series] = slot * SLOT_CELLS + NAME_CELLS
-        return self._starts[series]
-
-    def add(self, amount, *series):
-        """Add to a series: a family, and a text for each label. Hold the lock."""
-        self._cells[self._starts.get(series) or self._start(series)] += amount
-
-    def set(self, value, *series):
-        """Set a gauge."""
-        self._cells[self._starts.get(series) or self._start(series)] = value
-
-    def observe(self, value, *series):
+    def observe(self, series, value):
         """Add a value to a histogram. Hold the lock."""
-        start = self._starts.get(series) or self._start(series)
-        self._cells[start + bisect_left(FAMILIES[series[0]][3], value)] += 1
-        self._cells[start + SUM] += value
+        values = self.series[series]
+        values[bisect_left(BOUNDS[series[0]], value)] += 1
+        values[-1] += value
 
     def count(self, record):
         """Count a request that has ended."""
+        series, observe, operation = self.series, self.observe, OPERATIONS.get(record.path)
         status = str(record.status) if record.status in STATUSES else "other"
         with self.lock:
-            self.add(1, "gateway_requests_total", status, record.result)
+            series["gateway_requests_total", status, record.result][0] += 1
             if record.result == "client_closed":
-                self.add(1, "gateway_client_disconnects_total")
-            if record.tries > 1:
-                self.add(record.tries - 1, "gateway_retries_total")
+                series["gateway_client_disconnects_total",][0] += 1
+            for url, outcome in record.tries:
+                series["gateway_backend_requests_total", url, outcome][0] += 1
+            if len(record.tries) > 1:
+                series["gateway_retries_total",][0] += len(record.tries) - 1
             if record.first and record.asked:
-                self.observe(record.first - record.asked - record.waited,
-                             "gateway_overhead_seconds")
-            if record.method != "POST" or record.path not in OPERATIONS:
+                observe(("gateway_overhead_seconds",),
+                        record.first - record.asked - record.waited)
+            if not operation or record.method != "POST":
                 return
-            operation = OPERATIONS[record.path]
-            self.observe(record.duration_ms / 1000, "gen_ai_server_request_duration_seconds",
-                         operation)
+            observe(("gen_ai_server_request_duration_seconds", operation),
+                    record.duration_ms / 1000)
             if record.stream and record.first_piece and record.status == 200:
-                self.observe(record.first_piece - record.began,
-                             "gen_ai_server_time_to_first_token_seconds", operation)
-            for kind, tokens in zip(("input", "output"), record.usage or ()):
-                if tokens is not None:
-                    self.observe(tokens, "gen_ai_client_token_usage", kind)
+                observe(("gen_ai_server_time_to_first_token_seconds", operation),
+                        record.first_piece - record.began)
+            if record.usage:
+                if record.usage[0] is not None:
+                    observe(("gen_ai_client_token_usage", "input"), record.usage[0])
+                if record.usage[1] is not None:
+                    observe(("gen_ai_client_token_usage", "output"), record.usage[1])
 
     def render(self, more):
         """Return Prometheus' text format 0.0.4 of the sums over all workers, and of `more`."""
-        sums = {name: {} for name in FAMILIES}
-        for name, values in more.items():
-            sums[name] = {labels: [value] for labels, value in values.items()}
-        for row in range(0, len(self._cells) // SLOT_CELLS, ROW_SLOTS):
-            for (name, *labels), start in self._series(row):
-                end = start + (SUM + 1 if FAMILIES[name][3] else 1)
-                values, labels = self._cells[start:end].tolist(), tuple(labels)
-                if labels in sums[name]:
-                    values = list(map(operator.add, sums[name][labels], values))
-                sums[name][labels] = values
+        sums = dict(more)
+        for row in self._rows:
+            for series, values in Series(row).items():
+                sums[series] = list(map(operator.add, sums.get(series, itertools.repeat(0)), values))
         lines = []
-        for name, (kind, text, labels, bounds) in FAMILIES.items():
-            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
-            for key, values in sorted(sums[name].items()):
+        for family, (kind, text, labels, bounds) in FAMILIES.items():
+            lines += [f"# HELP {family} {text}", f"# TYPE {family} {kind}"]
+            for (_, *key), values in sorted(i for i in sums.items() if i[0][0] == family):
                 if kind != "histogram":
-                    lines.append(sample(name, labels, key, values[0]))
+                    lines.append(sample(family, labels, key, values[0]))
                     continue
-                counts = list(itertools.accumulate(values[:len(bounds) + 1]))
-                for bound, total in zip((*bounds, "+Inf"), counts):
-                    lines.append(sample(f"{name}_bucket", (*labels, "le"), (*key, bound), total))
-                lines.append(sample(f"{name}_sum", labels, key, values[SUM]))
-                lines.append(sample(f"{name}_count", labels, key, counts[-1]))
+                *counts, total = values
+                counts = list(itertools.accumulate(counts))
+                for bound, count in zip((*bounds, "+Inf"), counts):
+                    lines.append(sample(f"{family}_bucket", (*labels, "le"), (*key, bound), count))
+                lines.append(sample(f"{family}_sum", labels, key, total))
+                lines.append(sample(f"{family}_count", labels, key, counts[-1]))
         return "\n".join([*lines, ""]).encode()
 
 
@@ -982,17 +1004,18 @@ class BackendRequest(urllib.request.Request):
     """
 
     full_url = data = None  # plain attributes here, properties there
-    unverifiable, origin_req_host = False, ""
+    unverifiable, origin_req_host, headers = False, "", {}
+    link = backend = turn = None
+    cancelled = False
 
     def __init__(self, method, target, fields, body, model, repeatable):
         self.method, self.target, self.data, self.model = method, target, body, model
-        self.headers, self.own_fields, self.repeatable = {}, fields, repeatable
-        self.link = self.backend = self.turn = None
-        self.cancelled = False
+        self.own_fields, self.repeatable = fields, repeatable
 
     def aim(self, backend):
         """Direct it to this backend."""
-        self.backend, self.type, self.host = backend, backend.scheme, backend.host
+        self.backend, self.type, self.host, self.key = (
+            backend, backend.scheme, backend.host, backend.key)
         self.selector = backend.path + self.target
         self.full_url = backend.origin + self.selector
         self.fields = backend.host_line + self.own_fields
@@ -1046,15 +1069,14 @@ class Response:
     """
 
     def __init__(self, pool, request, status_line, index, lines, rest):
-        minor, self.status, self.reason = *map(int, status_line.group(1, 2)), status_line[3] or b""
+        minor, self.status, self.reason = status_line
         self.index, self.lines, self._pool, self._request = index, lines, pool, request
-        self.length = response_length(request.method, self.status, index, minor)
-        self._persistent, self.rest = is_persistent(index, minor), rest
-        self.deadline = UNTIL_CLOSE
-        self.whole = 0 <= self.length <= len(rest)
+        self.length = length = response_length(request.method, self.status, index, minor)
+        self._persistent, self.deadline = is_persistent(index.get(b"connection", b""), minor), UNTIL_CLOSE
+        self.whole, self.rest = 0 <= length <= len(rest), rest
         if self.whole:
-            self.rest = rest[:self.length]
-            self._finish(len(rest) == self.length)
+            self.rest = rest[:length]
+            self._finish(len(rest) == length)
 
     def _finish(self, at_boundary):
         """The body is whole: keep the link if nothing else is on it."""
@@ -1115,7 +1137,8 @@ class Pool(urllib.request.BaseHandler):
     """
 
     def __init__(self, settings):
-        self._settings, self._lock, self._idle, self._tls = settings, threading.Lock(), {}, None
+        self._settings, self._lock, self._idle, self._tls = settings, threading.Lock(), (
+            defaultdict(list)), None
         self._dropped = NOT_RETURNED | CORS_FIELDS if settings.cors_origins else NOT_RETURNED
 
     def http_open(self, request):
@@ -1150,17 +1173,16 @@ class Pool(urllib.request.BaseHandler):
             request.data)
         try:
             while True:
-                scanned = 0
-                while (end := find_head(data, scanned)) < 0:
+                end = find_head(data) if data else -1
+                while end < 0:
                     piece = link.receive()
                     if not piece:
                         raise failure("closed the connection before its response was there")
                     data, scanned, failure = data + piece, len(data), Broken
+                    end = find_head(data, scanned)
                 start, index, lines = parse_head(data[:end], self._dropped)
-                status_line, data = STATUS_LINE.fullmatch(start), data[end + 2:]
-                if not status_line or status_line[2] == b"101":  # nobody asked to switch protocols
-                    raise Malformed("its status line is not of the form 'HTTP/1.1 200 OK'")
-                if status_line[2] >= b"200":
+                status_line, data = parse_status_line(start), data[end + 4:]
+                if status_line[1] >= 200:
                     return Response(self, request, status_line, index, lines, data)
         except Malformed as error:
             raise Broken(f"broke HTTP: {error.message}") from None
@@ -1169,7 +1191,7 @@ class Pool(urllib.request.BaseHandler):
         """Give the request a link; tell whether it was used before."""
         while True:
             with self._lock:
-                idle = self._idle.get((request.type, request.host))
+                idle = self._idle[request.key]
                 link = request.link = idle.pop() if idle else None
             if not link:
                 self._dial(request)
@@ -1180,7 +1202,7 @@ class Pool(urllib.request.BaseHandler):
 
     def _dial(self, request):
         """Give the request a new link; http.client does TLS and CONNECT. Raises Unreachable."""
-        limits, key, proxy, login = self._settings, (request.type, request.host), None, {}
+        limits, key, proxy, login = self._settings, request.key, None, {}
         try:
             proxy = proxy_for(*key)
             if proxy and proxy.username:
@@ -1218,11 +1240,9 @@ class Pool(urllib.request.BaseHandler):
         """Put the request's link back for the next request."""
         with self._lock:
             link = request.link
-            link.idle_since = time.monotonic()
             if not request.cancelled:
-                request.link = None
-                self._idle.setdefault(link.key, []).append(link)
-        self.drop(request)
+                link.idle_since, request.link = time.monotonic(), None
+                self._idle[link.key].append(link)
 
     def drop(self, request):
         """Close the request's link, if it holds one still."""
@@ -1248,7 +1268,7 @@ class Pool(urllib.request.BaseHandler):
         """Close the links that have been idle for too long."""
         before, old = time.monotonic() - IDLE_SECONDS, []
         with self._lock:
-            for links in self._idle.values():
+            for links in list(self._idle.values()):
                 while links and links[0].idle_since < before:  # the longest idle is first
                     old.append(links.pop(0))
         for link in old:
@@ -1267,7 +1287,7 @@ class Backend:
     def __init__(self, url):
         self.url, parts = url, urllib.parse.urlsplit(url)
         self.scheme, self.host, self.path = parts.scheme, parts.netloc, parts.path
-        self.origin = f"{parts.scheme}://{parts.netloc}"
+        self.key, self.origin = (self.scheme, self.host), f"{self.scheme}://{self.host}"
         self.host_line = b"Host: %b\r\n" % parts.netloc.encode()
         self.up, self.held, self.back_off, self.retry_at = True, False, 0, 0.0
         self.models, self.silent, self.in_flight, self.turn = None, False, 0, 0
@@ -1286,9 +1306,9 @@ class Backend:
 class Backends:
     """Where requests are forwarded to: who is up, who serves what, and who is next."""
 
-    def __init__(self, settings, metrics):
+    def __init__(self, settings):
         self.settings, self.all = settings, [Backend(url) for url in settings.backend_url]
-        self.pool, self._metrics, self._interval = Pool(settings), metrics, settings.probe_interval
+        self.pool, self._interval = Pool(settings), settings.probe_interval
         self._prober = Pool(argparse.Namespace(
             **vars(settings) | {"backend_timeout": settings.connect_timeout}))
         self._opener = urllib.request.OpenerDirector()
@@ -1306,29 +1326,28 @@ class Backends:
         may be at work. Of what came back, the last stands. Raises APIError, or ClientGone.
         """
         tried, last, url, again, only_free = [], None, "", request.repeatable, False
-        backend = self._choose(request, tried)
-        while backend:
-            self.release(request)
-            request.aim(backend)
+        while backend := self._choose(request, tried, only_free):
+            if tried:
+                if isinstance(last, Response):
+                    began = time.monotonic()
+                    last.hold()
+                    record.waited += time.monotonic() - began
+                self.release(request)
             tried.append(backend)
-            record.tries = len(tried)
+            request.aim(backend)
             try:
                 answer = self._try(request, record)
+                if answer.status != 429 and answer.status not in BUSY:
+                    return answer
             except Unreachable as error:
                 last, url = (last, url) if last else (error, backend.url)
-                backend = self._choose(request, tried, only_free)
                 continue
             except Broken as error:
                 answer = error
             last, url = answer, backend.url
-            only_free = isinstance(answer, Response) and answer.status == 429
-            failed = isinstance(answer, Broken) or answer.status in BUSY or only_free
-            retry, again = failed and again, False
-            backend = self._choose(request, tried, only_free) if retry else None
-            if backend and isinstance(answer, Response):
-                began = time.monotonic()
-                answer.hold()
-                record.waited += time.monotonic() - began
+            if not again:
+                break
+            again, only_free = False, isinstance(answer, Response) and answer.status == 429
         record.backend = url
         if isinstance(last, Response):
             return last
@@ -1344,21 +1363,22 @@ class Backends:
         is not silent, nor on trial with a request that cannot be repeated, if another can be had;
         and of those it has the fewest requests in flight, or has waited longest for its turn.
         """
-        now, model = time.monotonic(), request.model
+        now, model, left = time.monotonic(), request.model, self.all
         with self._lock:
-            left = self.all if model is None else [
-                b for b in self.all
-                if (b.is_free(now) if b.models is None else model in b.models)] or self.all
+            if model is not None and len(left) > 1:
+                left = [b for b in left if (
+                    b.is_free(now) if b.models is None else model in b.models)] or left
             left = [b for b in left if b not in tried and (not only_free or b.is_free(now))]
             if not left:
                 return None
-            backend = min(left, key=lambda b: (
+            backend = left[0] if len(left) == 1 else min(left, key=lambda b: (
                 (0, b.silent or not b.up and not request.repeatable, b.in_flight, b.turn)
                 if b.is_free(now) else (1, b.retry_at)))
-            if not backend.up and backend.is_free(now):  # others wait for how this one fares
+            if not backend.up and now >= backend.retry_at:  # others wait for how this one fares
                 backend.back_off = min(2 * backend.back_off, MAX_BACK_OFF)
                 backend.retry_at = now + backend.back_off
-            backend.in_flight, backend.turn = backend.in_flight + 1, next(self._turns)
+            backend.in_flight += 1
+            backend.turn = next(self._turns)
         return backend
 
     def _try(self, request, record):
@@ -1385,8 +1405,7 @@ class Backends:
             raise
         finally:
             record.waited += time.monotonic() - began
-            with self._metrics.lock:
-                self._metrics.add(1, "gateway_backend_requests_total", backend.url, outcome)
+            record.tries += (backend.url, outcome),
 
     def release(self, request):
         """The request has no more to do with its backend: stop what it still does for it."""
@@ -1721,11 +1740,10 @@ class Handler(BaseHTTPRequestHandler):
         if trace := TRACE.fullmatch(index.get(b"traceparent", b"")):
             record.trace_id = trace[1].decode()
         record.method, target, self.minor = parse_request_line(line)
-        self.authority, target = parse_target(record.method, target, index, self.minor)
-        self.target = target.decode()
-        record.path = self.target.partition("?")[0]
-        self.length, self.buffer = request_length(index, self.minor), self.buffer[end + 2:]
-        self.close_connection = not is_persistent(index, self.minor)
+        self.authority, record.path, self.target = parse_target(
+            record.method, target, index.get(b"host"), self.minor)
+        self.length, self.buffer = request_length(index, self.minor), self.buffer[end + 4:]
+        self.close_connection = not is_persistent(index.get(b"connection", b""), self.minor)
         if self.minor and b"expect" in index:
             self.expects = True
             if index[b"expect"].lower() != b"100-continue":
@@ -1916,12 +1934,12 @@ class Handler(BaseHTTPRequestHandler):
         answered = record.method == "POST" and response.status == 200
         if response.whole:
             self.begin(response.status, response.reason, lines, length)
-            record.bytes, record.usage = length, answered and token_usage(response.rest)
+            record.bytes, record.usage = length, token_usage(response.rest) if answered else ()
             return self.write(response.rest)
         self.begin(response.status, response.reason, lines, UNTIL_CLOSE if events else length)
         self.write(b"")
         end_of_body = self.relay_pieces(response, events)
-        record.usage = answered and token_usage(end_of_body)
+        record.usage = token_usage(end_of_body) if answered else ()
         self.write_end()
 
     def lines_for_client(self, response, events):
@@ -2131,7 +2149,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, settings):
         self.settings, self.connections, self.parting, self.draining = settings, {}, [], False
         self.metrics, self.supervisor = Metrics(settings.workers), None
-        self.backends = Backends(settings, self.metrics) if settings.backend_url else None
+        self.backends = Backends(settings) if settings.backend_url else None
         self.admission = Admission(settings.max_concurrent_requests, settings.queue_timeout)
         self.paths = OWN_PATHS if self.backends else OWN_PATHS | ECHO_PATHS
         self.use(settings.secrets, settings.tls)
@@ -2253,16 +2271,16 @@ class Server(ThreadingHTTPServer):
         waiting = len(self.admission.queue)
         forwarding = sum(1 for handler in list(self.connections.values())
                          if handler and handler.forwarding)
-        self.metrics.set(max(forwarding - waiting, 0), "gateway_requests_in_flight")
-        self.metrics.set(waiting, "gateway_queue_depth")
+        self.metrics.series["gateway_requests_in_flight",][0] = max(forwarding - waiting, 0)
+        self.metrics.series["gateway_queue_depth",][0] = waiting
 
     def metrics_text(self):
         """Return the text of /metrics; which backends are up is the view of this worker."""
         self.set_gauges()
         backends = self.backends.all if self.backends else ()
         return self.metrics.render({
-            "gateway_build_info": {(__version__,): 1},
-            "gateway_backend_up": {(backend.url,): backend.up for backend in backends}})
+            ("gateway_build_info", __version__): [1],
+            **{("gateway_backend_up", backend.url): [backend.up] for backend in backends}})
 
     def readiness(self):
         """Return the status and the JSON of /readyz."""
