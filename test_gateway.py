@@ -559,7 +559,8 @@ def test_flags_win_over_the_environment_and_that_over_the_default():
         "BACKEND_TIMEOUT": "600", "SHUTDOWN_TIMEOUT": "30", "LOG_FORMAT": "text", "API_KEYS": "",
         "API_KEYS_FILE": "", "BACKEND_API_KEY": "", "BACKEND_API_KEY_FILE": "", "ALLOW_OPEN": "0",
         "MAX_CONCURRENT_REQUESTS": "0", "QUEUE_TIMEOUT": "0", "PROBE_INTERVAL": "10",
-        "DRAIN_DELAY": "0", "WORKERS": "1", "TLS_CERT_FILE": "", "TLS_KEY_FILE": "",
+        "DRAIN_DELAY": "0", "WORKERS": "1", "CPU_AFFINITY": "1", "TLS_CERT_FILE": "",
+        "TLS_KEY_FILE": "",
         "CORS_ORIGINS": ""}
 
 
@@ -4131,6 +4132,36 @@ def at_fork(tmp_path, number, code):
         "import os, signal\nforks = []\nos.register_at_fork(before=lambda: forks.append(1),"
         f" after_in_child=lambda: len(forks) == {number} and {code})\n")
     return {"PYTHONPATH": str(tmp_path)}
+
+
+def test_each_worker_keeps_to_one_processor_unless_it_is_told_not_to():
+    ours = os.sched_getaffinity(0)
+    with Process("--port=0", "--workers=2") as process:
+        eventually(lambda: [len(os.sched_getaffinity(pid)) for pid in workers_of(process)] == [1, 1])
+        bonds = [os.sched_getaffinity(pid) for pid in workers_of(process)]
+        assert len(bonds[0] | bonds[1]) == min(len(ours), 2)
+        assert os.sched_getaffinity(process.pid) == ours  # a worker that replaces one may have any
+    with Process("--port=0") as process:
+        ask(process.port, "GET", "/healthz")
+        assert len(os.sched_getaffinity(process.pid)) == 1
+    with Process("--port=0", CPU_AFFINITY="0") as process:
+        ask(process.port, "GET", "/healthz")
+        assert os.sched_getaffinity(process.pid) == ours
+
+
+def test_workers_share_connections_that_come_at_once_and_one_that_hangs_holds_up_none():
+    with Process("--port=0", "--workers=2") as process, contextlib.ExitStack() as stack:
+        pids = workers_of(process)
+        clients = [stack.enter_context(Client(process.port)) for _ in range(60)]
+        for client in clients:
+            client.send(request("GET", "/healthz"))
+        assert all(client.reply().status == 200 for client in clients)
+        threads = [len(os.listdir(f"/proc/{pid}/task")) for pid in pids]
+        assert min(threads) >= 15, threads  # one for each connection, and some of the process
+        with held(pids[0]):  # it has no fewer connections than it had: the other one takes all
+            clients = [stack.enter_context(Client(process.port)) for _ in range(40)]
+            for client in clients:
+                assert client.send(request("GET", "/healthz")).reply().status == 200
 
 
 def test_any_worker_answers_for_all_and_each_probes_and_reads_the_keys_again(tmp_path):
