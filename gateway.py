@@ -982,14 +982,16 @@ def set_timeouts(sock, receive, send):
     if os.name != "posix" or isinstance(sock, ssl.SSLSocket):
         return sock.settimeout(receive)
     for option, limit in ((socket.SO_RCVTIMEO, receive), (socket.SO_SNDTIMEO, send)):
-        whole, part = divmod(max(limit, 0.001), 1)  # 0 would mean for ever
-        sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", int(whole), int(part * 1e6)))
+        whole = int(limit)
+        sock.setsockopt(socket.SOL_SOCKET, option, struct.pack(
+            "@ll", whole, int((limit - whole) * 1e6) or not whole))  # 0 would mean for ever
 
 
+@lru_cache(256)
 def proxy_for(scheme, host):
     """Return the environment's proxy for this host as a SplitResult, or None; none for loopback.
 
-    Raises ValueError if the variable holds no address.
+    Raises ValueError if the variable holds no address. The look-up takes as long as a connect.
     """
     name = (urllib.parse.urlsplit(f"//{host}").hostname or "").rstrip(".")
     try:
@@ -1131,10 +1133,9 @@ class Response:
             if body.done:
                 return
             data = link.receive()
-            if data:
-                continue
-            if data == b"" and self.length == UNTIL_CLOSE and not self._request.cancelled:
-                return
+            if not data:
+                break
+        if data is None or self.length != UNTIL_CLOSE or self._request.cancelled:
             raise Broken("closed the connection in the middle of its response")
 
 
@@ -1856,6 +1857,8 @@ class Handler(BaseHTTPRequestHandler):
         if not self.record.stream:
             return self.reply(200, echo.completion())
         self.begin(200, b"OK", [EVENT_TYPE, *UNBUFFERED.values(), self.server.date], UNTIL_CLOSE)
+        self.write(b"")
+        self.record.first_piece = time.monotonic()
         for piece in echo.events():
             self.write_piece(piece)
         self.write_end()
@@ -1947,7 +1950,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.write(response.rest)
         self.begin(response.status, response.reason, lines, UNTIL_CLOSE if events else length)
         self.write(b"")
-        end_of_body = self.relay_pieces(response, events)
+        end_of_body = (self.relay_events if events else self.relay_body)(response)
         record.usage = token_usage(end_of_body) if answered else ()
         self.write_end()
 
@@ -1966,32 +1969,44 @@ class Handler(BaseHTTPRequestHandler):
             lines += [line for name, line in UNBUFFERED.items() if name not in index]
         return lines
 
-    def relay_pieces(self, response, events):
-        """Pass each piece of the body on as it comes, and return the last of its bytes.
-
-        Of an event stream, what is behind the last whole event is held back: if the backend dies,
-        an error event can follow at a boundary.
-        """
-        recent = tail = b""
-        self.at_boundary, proven_whole = events, response.length != UNTIL_CLOSE
+    def relay_body(self, response):
+        """Pass each piece of the body on as it comes, and return the last of its bytes."""
+        recent = b""
         for piece in response.pieces():
-            proven_whole = proven_whole or events and LAST_EVENT.search(tail + piece)
-            if not events:
-                recent = (recent + piece)[-USAGE_BYTES:]
-            else:
-                piece = tail + piece
-                end = events_end(piece)
-                self.at_boundary = end > 0 or self.at_boundary and len(piece) <= MAX_EVENT_BYTES
-                end = end if self.at_boundary else len(piece)  # too long to be held back
-                piece, tail = piece[:end], piece[end:]
-                if b'_tokens"' in piece:
-                    recent = piece
+            recent = (recent + piece)[-USAGE_BYTES:]
             self.write_piece(piece)
-        if events and not proven_whole and (
+        return recent
+
+    def relay_events(self, response):
+        """Pass each piece of an event stream on, and return the one that told the usage.
+
+        What is behind the last whole event is held back: if the backend dies, an error event can
+        follow at a boundary.
+        """
+        usage = last = tail = b""
+        self.at_boundary, doubtful = True, response.length == UNTIL_CLOSE
+        for piece in response.pieces():
+            piece = tail + piece
+            end = events_end(piece)
+            self.at_boundary = end > 0 or self.at_boundary and len(piece) <= MAX_EVENT_BYTES
+            if not self.at_boundary:
+                end = len(piece)  # too long to be held back
+            tail = piece[end:]
+            if end:
+                if not last:
+                    self.record.first_piece = time.monotonic()
+                last = piece[:end]
+                self.write_piece(last)
+                if b'_tokens"' in last:
+                    usage = last
+                if doubtful and LAST_EVENT.search(last):
+                    doubtful = False
+        if doubtful and not LAST_EVENT.search(tail) and (
                 tail or self.record.path in PARSED and response.status == 200):
             raise Broken("closed the connection before the end of its event stream")
-        self.write_piece(tail)
-        return recent
+        if tail:
+            self.write_piece(tail)
+        return usage
 
     def reply(self, status, body=b"", lines=(), kind=JSON_TYPE):
         """Answer with a body of our own."""
@@ -2027,12 +2042,9 @@ class Handler(BaseHTTPRequestHandler):
             + self.record.request_id.encode(), b"", b""))
 
     def write_piece(self, piece):
-        """Write a piece of a body of unknown length; an empty one would end it."""
-        if piece:
-            record = self.record
-            record.first_piece = record.first_piece or time.monotonic()
-            record.bytes += len(piece)
-            self.write(b"%x\r\n%b\r\n" % (len(piece), piece) if self.chunked else piece)
+        """Write a piece of a body of unknown length, behind its head; an empty one would end it."""
+        self.record.bytes += len(piece)
+        self.send(b"%x\r\n%b\r\n" % (len(piece), piece) if self.chunked else piece)
 
     def write_end(self):
         """End a body of unknown length: it is whole."""
