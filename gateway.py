@@ -89,19 +89,15 @@ def whole_number(low, high):
     return parse
 
 
-def seconds(text):
-    """Parse a duration above 0, and up to a day: more would overflow some sockets' timeouts."""
-    if not re.fullmatch(r"[0-9]{1,5}(\.[0-9]{1,6})?", text) or not 0 < float(text) <= 86_400:
-        raise refused(f"{text!r} is no number of seconds above 0, up to 86400")
-    return float(text)
-
-
-def seconds_or_0(text):
-    """Parse a duration that may be 0."""
-    try:
-        return 0.0 if re.fullmatch(r"0{1,5}(\.0{1,6})?", text) else seconds(text)
-    except argparse.ArgumentTypeError:
-        raise refused(f"{text!r} is no number of seconds from 0 to 86400") from None
+def seconds(zero=False):
+    """Return a parser of durations up to a day: more would overflow some sockets' timeouts."""
+    def parse(text):
+        value = float(text) if re.fullmatch(r"[0-9]{1,5}(\.[0-9]{1,6})?", text) else -1
+        if not 0 < value <= 86_400 and not (zero and value == 0):
+            raise refused(f"{text!r} is no number of seconds"
+                          f" {'from 0 to' if zero else 'above 0, up to'} 86400")
+        return value
+    return parse
 
 
 def switch(text):
@@ -192,20 +188,20 @@ KNOBS = (
          "client connections of a worker at once, a thread each; a further one gets 503"),
     Knob("max_concurrent_requests", whole_number(0, 1_000_000), "0",
          "requests of a worker at the backends at once; a further one waits; 0 for no limit"),
-    Knob("queue_timeout", seconds_or_0, "0",
+    Knob("queue_timeout", seconds(zero=True), "0",
          "seconds a request may wait for its turn, before it gets 429"),
-    Knob("client_timeout", seconds, "60",
+    Knob("client_timeout", seconds(), "60",
          "seconds for a request's head, for a body to go on, for a client to take what is sent,"
          " and for an idle connection"),
-    Knob("connect_timeout", seconds, "5",
+    Knob("connect_timeout", seconds(), "5",
          "seconds to connect to a backend, and for it to answer a probe"),
-    Knob("backend_timeout", seconds, "600",
+    Knob("backend_timeout", seconds(), "600",
          "seconds a backend may be silent, before its first byte and between bytes"),
-    Knob("probe_interval", seconds_or_0, "10",
+    Knob("probe_interval", seconds(zero=True), "10",
          "seconds between two looks at a backend's /v1/models; 0 for none"),
-    Knob("shutdown_timeout", seconds, "30",
+    Knob("shutdown_timeout", seconds(), "30",
          "seconds that requests in flight have to finish after SIGTERM or SIGINT"),
-    Knob("drain_delay", seconds_or_0, "0",
+    Knob("drain_delay", seconds(zero=True), "0",
          "seconds before that, with /readyz at 503, for load balancers to move away"),
     Knob("workers", worker_count, "1",
          "processes that serve; auto is one for each processor"),

@@ -1447,6 +1447,16 @@ def proxies(monkeypatch):
 # -- 5. Backends: addresses, proxies, TLS ----------------------------------------------------------
 
 
+def test_ids_that_are_made_for_one_connection_are_uuids_and_no_two_of_any_are_the_same(echo):
+    ids = []
+    for _ in range(3):
+        with Client(echo) as client:
+            for _ in range(3):
+                ids.append(client.send(request("GET", "/healthz")).reply().one("x-request-id"))
+    assert len(set(ids)) == 9 and all(str(uuid.UUID(text)) == text for text in ids)
+    assert {uuid.UUID(text).version for text in ids} == {4}
+
+
 @pytest.mark.parametrize("end, prefix", [
     ("", ""), ("/", ""), ("/v1", ""), ("/v1/", ""), ("/sub", "/sub"), ("/sub/v1/", "/sub"),
     ("/v1beta", "/v1beta")])
