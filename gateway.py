@@ -128,9 +128,10 @@ def backend_url(text):
     """Parse a backend's address to its base, to which a client's path, /v1/..., is appended."""
     match = re.fullmatch(r"(https?://(?:[\w.-]*\w\.?|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?)"
                          r"(/[!-\"$->A-~]*)?", text, re.ASCII | re.IGNORECASE)
-    if not (match and 0 < int(match[2] or 80) < 65_536):
+    if not (match and 0 < int(match[2] or 80) < 65_536 and len(text) <= 200):  # so are metrics
         raise refused("no address like http://127.0.0.1:8000 or https://host/v1 (without user,"
-                      " password, query or fragment), or no such ones separated by commas")
+                      " password, query or fragment, of at most 200 characters), or no such ones"
+                      " separated by commas")
     return match[1] + (match[3] or "").rstrip("/").removesuffix("/v1").rstrip("/")
 
 
@@ -776,7 +777,7 @@ OPERATIONS = dict.fromkeys(REPEATABLE, "other") | {
     "/v1/embeddings": "embeddings", "/v1/responses": "chat", "/v1/messages": "chat"}
 PLAIN = re.compile(r"[!#-\[\]-~]+")
 STATUSES = {int(status): str(int(status)) for status in (499, *HTTPStatus)}
-NAME_BYTES, SLOT_BYTES, ROW_SLOTS = 304, 512, 1500  # most pages of a row are never used
+NAME_BYTES, SLOT_BYTES, ROW_SLOTS = 304, 512, 1500  # of a row, most pages are never used
 
 
 def log(line):
@@ -863,19 +864,21 @@ class Series(dict):
     """
 
     def __init__(self, row):
-        self._row = row
-        while (at := len(self) * SLOT_BYTES) < len(row) and row[at]:
-            self._add(tuple(bytes(row[at:at + NAME_BYTES]).rstrip(b"\0").decode().split("\t")))
+        self._row, self._used = row, 0
+        while row[at := self._used * SLOT_BYTES]:
+            self._take(tuple(bytes(row[at:at + NAME_BYTES]).rstrip(b"\0").decode().split("\t")))
 
-    def _add(self, series):
-        at = min(len(self), ROW_SLOTS - 1) * SLOT_BYTES
+    def _take(self, series):
+        """Give the series the next slot; the last one is for all that find no room, and unnamed."""
+        start = self._used * SLOT_BYTES + NAME_BYTES
         size = len(BOUNDS[series[0]]) + 2 if BOUNDS[series[0]] else 1
-        self[series] = self._row[at + NAME_BYTES:at + NAME_BYTES + 8 * size].cast("d")
+        self[series] = self._row[start:start + 8 * size].cast("d")
+        self._used = min(self._used + 1, ROW_SLOTS - 1)
 
     def __missing__(self, series):
-        name, at = "\t".join(series).encode()[:NAME_BYTES], len(self) * SLOT_BYTES
-        self._add(series)
-        if len(self) < ROW_SLOTS:  # the last slot is for all that find no room, and never read
+        name, at = "\t".join(series).encode(), self._used * SLOT_BYTES
+        self._take(series)
+        if at < (ROW_SLOTS - 1) * SLOT_BYTES:
             self._row[at + 1:at + len(name)] = name[1:]
             self._row[at] = name[0]  # from here on it is seen, also by others
         return self[series]
