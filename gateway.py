@@ -416,7 +416,9 @@ class ClientGone(Exception):
 MAX_HEAD_BYTES = 65_536  # nginx takes 32 KiB, Node 16; keys, cookies and tracing need some
 MAX_LINE_BYTES = 16_384  # method and target; 8,000 is what RFC 9112 3 asks for at least
 MAX_FIELDS = 100         # as Apache and http.client
+MAX_REMEMBERED = 4_096   # head whose lines are remembered: or strangers could fill the memory
 MAX_CHUNK_LINE = 4_096   # a chunk's size with its extensions, which nobody uses
+USAGE_BYTES = 4_096      # of the end of an answer, where its usage stands, and of that itself
 
 CHUNKED, UNTIL_CLOSE = -1, sys.maxsize  # lengths of a body that are not known beforehand
 
@@ -474,7 +476,11 @@ def find_head(data, scanned=0):
 
 @lru_cache(256)
 def parse_field(line):
-    """Return the lower-case name and the value of a header field (5); raises Malformed."""
+    """Return the lower-case name and the value of a header field (5); raises Malformed.
+
+    It remembers: who sends to us sends the same lines again and again. That took a seventh off a
+    request. So a key may stay in memory for as long as others send the same lines.
+    """
     match = FIELD.fullmatch(line)
     if not match:
         raise Malformed("a header field is not of the form 'name: value' (RFC 9112, section 5)")
@@ -487,7 +493,8 @@ def parse_head(head, drop):
     The index gives a lower-case name's value; `lines` are those whose names are not in `drop`.
     """
     start, *lines = head.split(b"\r\n")
-    fields = list(map(parse_field, lines))
+    small = len(head) < MAX_REMEMBERED
+    fields = list(map(parse_field if small else parse_field.__wrapped__, lines))
     index = dict(fields)
     if len(lines) > MAX_FIELDS:
         raise Malformed(f"a head may have {MAX_FIELDS} fields; send fewer", 431,
@@ -495,6 +502,8 @@ def parse_head(head, drop):
     if len(index) < len(fields):
         index = {name: b", ".join(value for same, value in fields if same == name)
                  for name in index}
+    if len(index.get(b"connection", b"")) > MAX_REMEMBERED:
+        raise Malformed("the Connection field is absurdly long")
     if named := tokens(index.get(b"connection", b"close")) - PERSISTENCE:
         drop = drop | named
     return start, index, [line for line, field in zip(lines, fields) if field[0] not in drop]
@@ -574,7 +583,7 @@ def request_length(index, minor):
     if length is not None or not minor:
         raise Malformed("Transfer-Encoding beside Content-Length, or in HTTP/1.0, is ambiguous")
     coding = index[b"transfer-encoding"].lower()
-    if coding != b"chunked" and b"chunked" in tokens(coding.rpartition(b",")[0]):
+    if coding != b"chunked" and b"chunked" in tokens.__wrapped__(coding.rpartition(b",")[0]):
         raise Malformed("Transfer-Encoding must name 'chunked' once, and last")
     if coding != b"chunked":
         raise Malformed("the one transfer coding here is 'chunked'", 501, "not_implemented")
@@ -672,14 +681,15 @@ JSON = json.JSONDecoder(parse_constant=refuse_constant)
 def token_usage(data):
     """Return the (input, output) tokens of the last "usage" in an answer's JSON; None where not.
 
-    Inside a JSON string its quotes would be escaped: a model cannot write one into its text.
+    Inside a JSON string its quotes would be escaped: a model cannot write one into its text. An
+    answer without a usage gives ().
     """
     at = data.rfind(b'"usage"')
     while at >= 0 and not (found := USAGE.match(data, at)):
         at = data.rfind(b'"usage"', 0, at)
     try:
-        text = data[found.end() - 1:found.end() + 2000].decode() if at >= 0 else "{}"
-        usage, _ = JSON.raw_decode(text)
+        text = data[found.end() - 1:found.end() + USAGE_BYTES] if at >= 0 else b"{}"
+        usage, _ = json.JSONDecoder().raw_decode(text.decode("utf-8", "replace"))
     except (ValueError, RecursionError):
         return ()
     asked = usage.get("prompt_tokens", usage.get("input_tokens"))
@@ -811,7 +821,6 @@ def note_internal_error(settings, where):
     note(settings, f"internal error, {where}\n{traceback.format_exc()}")
 
 
-@lru_cache(64)
 def printable(text):
     """Return at most 100 characters of `text`, as a JSON string if it is not plain ASCII words."""
     text = text[:100]
@@ -879,7 +888,7 @@ class Series(dict):
         name, at = "\t".join(series).encode(), self._used * SLOT_BYTES
         self._take(series)
         if at < (ROW_SLOTS - 1) * SLOT_BYTES:
-            self._row[at + 1:at + len(name)] = name[1:]
+            self._row[at + 1:at + NAME_BYTES] = name[1:].ljust(NAME_BYTES - 1, b"\0")
             self._row[at] = name[0]  # from here on it is seen, also by others
         return self[series]
 
@@ -1611,7 +1620,6 @@ MIN_BODY_RATE = 1_000      # bytes a second that a body has to make on average: 
 SKIP_BYTES = 65_536        # a body up to this is read after a refusal, to keep the connection
 MAX_EVENT_BYTES = 262_144  # the beginning of an event is held back up to this
 FORM_BYTES = 65_536        # of a form's beginning, and of its end, in which its model is sought
-USAGE_BYTES = 4_096        # of the end of an answer, where its usage stands
 LINGER_SECONDS = 5         # for a refused client to stop sending; nginx gives as many
 
 WITH_BODY = ("POST", "PUT", "PATCH")  # methods that say so even if it is empty (RFC 9110, 8.6)
@@ -2018,7 +2026,7 @@ class Handler(BaseHTTPRequestHandler):
                     self.record.first_piece = time.monotonic()
                 last = piece[:end]
                 self.write_piece(last)
-                if b'_tokens"' in last:
+                if b'_tokens"' in last and USAGE.search(last):
                     usage = last
                 if doubtful and LAST_EVENT.search(last):
                     doubtful = False
@@ -2027,7 +2035,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Broken("closed the connection before the end of its event stream")
         if tail:
             self.write_piece(tail)
-        return usage
+        return tail if USAGE.search(tail) else usage
 
     def reply(self, status, body=b"", lines=(), kind=JSON_TYPE):
         """Answer with a body of our own."""
@@ -2265,7 +2273,11 @@ class Server(ThreadingHTTPServer):
                 raise
             request.setblocking(True)  # BSDs pass the listener's mode on
             if left:
-                self.process_request(request, address)
+                try:
+                    self.process_request(request, address)
+                except Exception:  # socketserver expects none but OSError from here
+                    self.handle_error(request, address)
+                    self.shutdown_request(request)
         return request, address
 
     def process_request(self, request, client_address):
@@ -2281,6 +2293,7 @@ class Server(ThreadingHTTPServer):
                 return
             except RuntimeError:  # the system has no thread left
                 self.connections.pop(request)
+                self.loads[self.number] = len(self.connections)
         body = APIError(503, "too_many_connections", "the gateway has no room for one more"
                         " connection; try again, or raise MAX_CONNECTIONS").body()
         head = (f"HTTP/1.1 503 Service Unavailable\r\n{self.date.decode()}\r\nRetry-After: 1\r\n"

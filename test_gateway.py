@@ -2369,6 +2369,17 @@ def test_a_response_whose_fields_are_all_hop_by_hop_is_still_framed():
         assert reply.body == b"hi" and reply.one("x-request-id")
 
 
+def test_a_connection_that_cannot_be_served_does_not_end_the_server(monkeypatch, capfd):
+    def fail(*_):
+        monkeypatch.undo()
+        raise MemoryError
+    with serve() as server:
+        monkeypatch.setattr(gateway, "start_new_thread", fail)
+        with Client(server.port) as client:
+            assert client.is_closed()
+        assert ask(server.port, "GET", "/healthz").json() == OK
+
+
 def test_a_failing_sweep_does_not_end_the_server(monkeypatch, capfd):
     failed = threading.Event()
 
@@ -3976,6 +3987,9 @@ LONG, NOTHING = {"choices": ["x" * 300_000]}, (None, None)
 ANSWERED = {  # what is answered, a list as a stream; what is counted
     "whole": (USED | {"service_tier": "default"}, (7, 5)), "long": (LONG | USED, (7, 5)),
     "details": ({"usage": DETAILED} | SAID, (7, 5)),
+    "many details": ({"usage": OPENAI | {"more": "x" * 2500}} | SAID, (7, 5)),
+    "not quite JSON": ({"usage": OPENAI | {"cost": float("nan")}}, (7, 5)),
+    "a word like it": ([SAID, USED, {"choices": ["usage max_tokens"]}], (7, 5)),
     "embedding": ({"data": [], "usage": {"prompt_tokens": 7, "total_tokens": 7}}, (7, None)),
     "responses": ({"object": "response", "usage": RESPONSES, "user": None}, (7, 5)),
     "the word": ({"usage": OPENAI, "choices": [{"message": {"content": "usage"}}]}, (7, 5)),
@@ -4026,6 +4040,15 @@ def test_the_usage_that_an_answer_bears_is_counted_once_and_the_answer_is_not_to
         assert reply.status == 200 and reply.body == body and not reply.cut
         wait_for_log(capfd, " 200 POST ")  # it has been counted, if that is what it does
         meter.expect(tokens_of(counts), "token_usage")
+
+
+@pytest.mark.parametrize("before", ("", "x", "xx"))
+def test_usage_is_found_before_text_whose_characters_are_several_bytes(before):
+    answer = {"usage": OPENAI, "choices": [before + "\u65e5" * 3000]}
+    body = json.dumps(answer, ensure_ascii=False).encode()
+    with forward(answers(response(body))) as (port, _), Meter(port) as meter:
+        assert ask(port, body=CHAT).body == body
+        meter.expect(tokens_of((7, 5)), "token_usage")
 
 
 @pytest.mark.parametrize("stream", (False, True))
