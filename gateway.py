@@ -676,6 +676,7 @@ def refuse_constant(name):
 
 
 JSON = json.JSONDecoder(parse_constant=refuse_constant)
+LENIENT = json.JSONDecoder()  # for answers, which are the backend's to get right
 
 
 def token_usage(data):
@@ -689,7 +690,7 @@ def token_usage(data):
         at = data.rfind(b'"usage"', 0, at)
     try:
         text = data[found.end() - 1:found.end() + USAGE_BYTES] if at >= 0 else b"{}"
-        usage, _ = json.JSONDecoder().raw_decode(text.decode("utf-8", "replace"))
+        usage, _ = LENIENT.raw_decode(text.decode("utf-8", "replace"))
     except (ValueError, RecursionError):
         return ()
     asked = usage.get("prompt_tokens", usage.get("input_tokens"))
