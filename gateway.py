@@ -128,7 +128,8 @@ def backend_url(text):
     """Parse a backend's address to its base, to which a client's path, /v1/..., is appended."""
     match = re.fullmatch(r"(https?://(?:[\w.-]*\w\.?|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?)"
                          r"(/[!-\"$->A-~]*)?", text, re.ASCII | re.IGNORECASE)
-    if not (match and 0 < int(match[2] or 80) < 65_536 and len(text) <= 200):  # so are metrics
+    # A longer one would not fit into the name of a metric (NAME_BYTES).
+    if not (match and 0 < int(match[2] or 80) < 65_536 and len(text) <= 200):
         raise refused("no address like http://127.0.0.1:8000 or https://host/v1 (without user,"
                       " password, query or fragment, of at most 200 characters), or no such ones"
                       " separated by commas")
@@ -411,12 +412,13 @@ class ClientGone(Exception):
 # if each line of it matches the grammar, so what the next server could read differently is refused:
 # bare CR or LF, NUL, folded lines, a space before a colon, a length that is signed, a list, or
 # beside a transfer coding. Repeated fields are joined with a comma (RFC 9110, 5.3), which spoils
-# those that must be there once. What is passed on keeps its lines byte for byte.
+# those that must be there once. What is passed on keeps its lines byte for byte. Who sends to us
+# sends the same lines again and again: lru_cache remembers what short ones mean, never an error.
 
 MAX_HEAD_BYTES = 65_536  # nginx takes 32 KiB, Node 16; keys, cookies and tracing need some
 MAX_LINE_BYTES = 16_384  # method and target; 8,000 is what RFC 9112 3 asks for at least
 MAX_FIELDS = 100         # as Apache and http.client
-MAX_REMEMBERED = 4_096   # head whose lines are remembered: or strangers could fill the memory
+MAX_REMEMBERED = 4_096   # of a head with remembered lines: strangers could fill the memory
 MAX_CHUNK_LINE = 4_096   # a chunk's size with its extensions, which nobody uses
 USAGE_BYTES = 4_096      # of the end of an answer, where its usage stands, and of that itself
 
@@ -478,8 +480,8 @@ def find_head(data, scanned=0):
 def parse_field(line):
     """Return the lower-case name and the value of a header field (5); raises Malformed.
 
-    It remembers: who sends to us sends the same lines again and again. That took a seventh off a
-    request. So a key may stay in memory for as long as others send the same lines.
+    To remember took a seventh off a request. A client's key is in such a line: it may stay in
+    memory until 256 other lines have come.
     """
     match = FIELD.fullmatch(line)
     if not match:
@@ -493,8 +495,8 @@ def parse_head(head, drop):
     The index gives a lower-case name's value; `lines` are those whose names are not in `drop`.
     """
     start, *lines = head.split(b"\r\n")
-    small = len(head) < MAX_REMEMBERED
-    fields = list(map(parse_field if small else parse_field.__wrapped__, lines))
+    parse = parse_field if len(head) < MAX_REMEMBERED else parse_field.__wrapped__
+    fields = list(map(parse, lines))
     index = dict(fields)
     if len(lines) > MAX_FIELDS:
         raise Malformed(f"a head may have {MAX_FIELDS} fields; send fewer", 431,
@@ -583,7 +585,7 @@ def request_length(index, minor):
     if length is not None or not minor:
         raise Malformed("Transfer-Encoding beside Content-Length, or in HTTP/1.0, is ambiguous")
     coding = index[b"transfer-encoding"].lower()
-    if coding != b"chunked" and b"chunked" in tokens.__wrapped__(coding.rpartition(b",")[0]):
+    if b"chunked" in [token.strip(b" \t") for token in coding.split(b",")[:-1]]:
         raise Malformed("Transfer-Encoding must name 'chunked' once, and last")
     if coding != b"chunked":
         raise Malformed("the one transfer coding here is 'chunked'", 501, "not_implemented")
@@ -600,16 +602,6 @@ def response_length(method, status, index, minor):
     if length is not None or not minor or index[b"transfer-encoding"].lower() != b"chunked":
         raise Malformed("its transfer coding is unknown or in doubt")
     return CHUNKED
-
-
-def request_ids():
-    """Yield ids for the requests of one connection: a uuid4, and then those that follow it.
-
-    To ask the system for random bytes each time took 7% of a request, and a hand-off of the GIL.
-    """
-    first = str(uuid.uuid4())
-    for number in itertools.count(int(first[24:], 16)):
-        yield f"{first[:24]}{number & 0xffffffffffff:012x}"
 
 
 def accepted_request_id(index, ids):
@@ -679,6 +671,25 @@ JSON = json.JSONDecoder(parse_constant=refuse_constant)
 LENIENT = json.JSONDecoder()  # for answers, which are the backend's to get right
 
 
+def parse_json(body):
+    """Parse a body to a dict; raises 400 invalid_json for all that is no JSON object.
+
+    It is decoded first: json.loads(bytes) guesses UTF-16, and takes encoded surrogates. Numbers of
+    over 4,300 digits are a ValueError of the standard parser, deep nesting a RecursionError.
+    """
+    try:
+        text = body.decode().strip(" \t\r\n")
+        value, end = JSON.raw_decode(text)
+        if end < len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
+    except (ValueError, RecursionError) as error:
+        why = str(error)[:200] if isinstance(error, ValueError) else "it is nested too deeply"
+        raise APIError(400, "invalid_json", f"the body is not valid JSON: {why}") from None
+    if not isinstance(value, dict):
+        raise APIError(400, "invalid_json", "the body must be a JSON object")
+    return value
+
+
 def token_usage(data):
     """Return the (input, output) tokens of the last "usage" in an answer's JSON; None where not.
 
@@ -688,9 +699,11 @@ def token_usage(data):
     at = data.rfind(b'"usage"')
     while at >= 0 and not (found := USAGE.match(data, at)):
         at = data.rfind(b'"usage"', 0, at)
+    if at < 0:
+        return ()
+    text = data[found.end() - 1:found.end() + USAGE_BYTES].decode("utf-8", "replace")
     try:
-        text = data[found.end() - 1:found.end() + USAGE_BYTES] if at >= 0 else b"{}"
-        usage, _ = LENIENT.raw_decode(text.decode("utf-8", "replace"))
+        usage, _ = LENIENT.raw_decode(text)
     except (ValueError, RecursionError):
         return ()
     asked = usage.get("prompt_tokens", usage.get("input_tokens"))
@@ -722,25 +735,6 @@ def cors_lines(origin, allowed):
     return [b"Vary: Origin", b"Access-Control-Allow-Origin: " + origin,
             b"Access-Control-Expose-Headers: x-request-id, x-backend-request-id, retry-after,"
             b" retry-after-ms"]
-
-
-def parse_json(body):
-    """Parse a body to a dict; raises 400 invalid_json for all that is no JSON object.
-
-    It is decoded first: json.loads(bytes) guesses UTF-16, and takes encoded surrogates. Numbers of
-    over 4,300 digits are a ValueError of the standard parser, deep nesting a RecursionError.
-    """
-    try:
-        text = body.decode().strip(" \t\r\n")
-        value, end = JSON.raw_decode(text)
-        if end < len(text):
-            raise json.JSONDecodeError("Extra data", text, end)
-    except (ValueError, RecursionError) as error:
-        why = str(error)[:200] if isinstance(error, ValueError) else "it is nested too deeply"
-        raise APIError(400, "invalid_json", f"the body is not valid JSON: {why}") from None
-    if not isinstance(value, dict):
-        raise APIError(400, "invalid_json", "the body must be a JSON object")
-    return value
 
 
 # == 4. Observability ==============================================================================
@@ -834,7 +828,8 @@ class Record:
     `result` is the outcome in five words, for the metrics: ok (whatever the status), refused (by
     us, 4xx), failed (5xx), cut, or client_closed. In seconds: `first` and `first_piece` are when
     the reply and its streamed body began, `asked` when the request had been read, `waited` is how
-    long others kept it waiting. `tries` are the backends that were tried, each with its outcome.
+    long others kept it waiting. `tries` are the backends that were tried, each with its outcome;
+    `usage` is (input, output) tokens, or ().
     """
 
     LOGGED = ("time", "request_id", "trace_id", "client", "key", "method", "path", "status",
@@ -942,11 +937,9 @@ class Metrics:
             if record.stream and record.first_piece and record.status == 200:
                 observe(("gen_ai_server_time_to_first_token_seconds", operation),
                         record.first_piece - record.began)
-            if record.usage:
-                if record.usage[0] is not None:
-                    observe(("gen_ai_client_token_usage", "input"), record.usage[0])
-                if record.usage[1] is not None:
-                    observe(("gen_ai_client_token_usage", "output"), record.usage[1])
+            for kind, tokens in zip(("input", "output"), record.usage):
+                if tokens is not None:
+                    observe(("gen_ai_client_token_usage", kind), tokens)
 
     def render(self, more):
         """Return Prometheus' text format 0.0.4 of the sums over all workers, and of `more`."""
@@ -1032,7 +1025,7 @@ class BackendRequest(urllib.request.Request):
     """A request on its way to a backend; `fields` are its header lines, ready as bytes.
 
     It sets the documented attributes of urllib's Request itself, and plain ones: the stock
-    __init__ parses the address each time, 7 us of the request's 50. `link` is the connection that
+    __init__ parses the address each time, which takes 7 us. `link` is the connection that
     it holds, changed by the Pool alone; `cancelled` becomes true when the client has gone, `turn`
     is the Event on which it waits for its turn.
     """
@@ -1174,8 +1167,8 @@ class Pool(urllib.request.BaseHandler):
     """
 
     def __init__(self, settings):
-        self._settings, self._lock, self._idle, self._tls = settings, threading.Lock(), (
-            defaultdict(list)), None
+        self._settings, self._tls = settings, None
+        self._lock, self._idle = threading.Lock(), defaultdict(list)
         self._dropped = NOT_RETURNED | CORS_FIELDS if settings.cors_origins else NOT_RETURNED
 
     def http_open(self, request):
@@ -1443,7 +1436,7 @@ class Backends:
             raise
         finally:
             record.waited += time.monotonic() - began
-            record.tries += (backend.url, outcome),
+            record.tries = (*record.tries, (backend.url, outcome))
 
     def release(self, request):
         """The request has no more to do with its backend: stop what it still does for it."""
@@ -1623,19 +1616,28 @@ MAX_EVENT_BYTES = 262_144  # the beginning of an event is held back up to this
 FORM_BYTES = 65_536        # of a form's beginning, and of its end, in which its model is sought
 LINGER_SECONDS = 5         # for a refused client to stop sending; nginx gives as many
 
-WITH_BODY = ("POST", "PUT", "PATCH")  # methods that say so even if it is empty (RFC 9110, 8.6)
+READING, WRITING = ("GET", "HEAD"), ("POST", "PUT", "PATCH")  # a writing one tells its length
 PARSED = frozenset(("/v1/chat/completions", "/v1/completions"))  # POSTs here must be JSON objects
 ECHO_MODEL = {"id": "echo", "object": "model", "created": 0, "owned_by": "gateway"}
 OPEN_PATHS = ("/healthz", "/readyz")  # need no key: who asks them has none
-OWN_PATHS = {"/healthz": ("GET", "HEAD"), "/readyz": ("GET", "HEAD"), "/metrics": ("GET", "HEAD"),
-             "*": ("GET", "HEAD", "POST")}
-ECHO_PATHS = {"/v1/chat/completions": ("POST",), "/v1/models": ("GET", "HEAD"),
-              "/v1/models/echo": ("GET", "HEAD")}
+OWN_PATHS = {"/healthz": READING, "/readyz": READING, "/metrics": READING,
+             "*": (*READING, "POST")}
+ECHO_PATHS = {"/v1/chat/completions": ("POST",), "/v1/models": READING, "/v1/models/echo": READING}
 JSON_TYPE = b"Content-Type: application/json"
 METRICS_TYPE = b"Content-Type: text/plain; version=0.0.4; charset=utf-8"
 EVENT_TYPE = b"Content-Type: text/event-stream; charset=utf-8"
 UNBUFFERED = {b"cache-control": b"Cache-Control: no-cache",  # asks proxies before us to pass events
               b"x-accel-buffering": b"X-Accel-Buffering: no"}
+
+
+def request_ids():
+    """Yield ids for the requests of one connection: a uuid4, and then those that follow it.
+
+    To ask the system for random bytes each time took 7% of a request, and a hand-off of the GIL.
+    """
+    first = str(uuid.uuid4())
+    for number in itertools.count(int(first[24:], 16)):
+        yield f"{first[:24]}{number & 0xffffffffffff:012x}"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -1761,10 +1763,7 @@ class Handler(BaseHTTPRequestHandler):
     def read_head(self):
         """Read and judge the request's head: request id, method, target, framing, persistence."""
         scanned, deadline, record = 0, None, self.record
-        while True:
-            end = find_head(self.buffer, scanned)
-            if end >= 0:
-                break
+        while (end := find_head(self.buffer, scanned)) < 0:
             scanned = len(self.buffer)
             deadline = deadline or time.monotonic() + self.settings.client_timeout
             piece = self.receive(deadline)
@@ -1834,7 +1833,7 @@ class Handler(BaseHTTPRequestHandler):
         if methods is None and path.startswith("/v1/") and backends:
             if record.method not in ("CONNECT", "TRACE"):  # which are about the way, not the end
                 return self.forward()
-            methods = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+            methods = (*READING, *WRITING, "DELETE")
         if methods is None:
             raise APIError(404, "unknown_url", f"nothing is at {printable(path)}; use the base URL"
                            " http://HOST:PORT/v1" + ("" if backends else
@@ -1872,7 +1871,7 @@ class Handler(BaseHTTPRequestHandler):
         self.read_body()
         asked = self.index.get(b"access-control-request-headers")
         self.reply(204, b"", [
-            b"Access-Control-Allow-Methods: GET, HEAD, POST, PUT, PATCH, DELETE",
+            b"Access-Control-Allow-Methods: " + ", ".join((*READING, *WRITING, "DELETE")).encode(),
             b"Access-Control-Max-Age: 7200",
             *([b"Access-Control-Allow-Headers: " + asked] if asked else [])])
 
@@ -1899,20 +1898,15 @@ class Handler(BaseHTTPRequestHandler):
             raise APIError(508, "loop_detected", "the request has been here before: BACKEND_URL"
                            " leads back to this gateway")
         if len(backends.all) > 1 and record.path == "/v1/models" and (
-                record.method in ("GET", "HEAD") and (cards := backends.models()) is not None):
+                record.method in READING and (cards := backends.models()) is not None):
             return self.reply(200, json.dumps({"object": "list", "data": cards}).encode())
         request = self.forwarding = BackendRequest(
             record.method, self.target, self.fields_for(body), body, self.look_into(body),
-            record.method in ("GET", "HEAD")
-            or record.method == "POST" and record.path in REPEATABLE)
+            record.method in READING or record.method == "POST" and record.path in REPEATABLE)
         try:
             server.admission.enter(request, record)
             try:
                 self.relay(backends.open(request, record))
-            except (Broken, BackendTimeout) as error:
-                if not request.cancelled:
-                    backends.failed(request.backend, error.message)
-                raise
             finally:
                 backends.release(request)
                 server.admission.leave()
@@ -1957,7 +1951,7 @@ class Handler(BaseHTTPRequestHandler):
                  b"X-Forwarded-Proto: " + index.get(b"x-forwarded-proto", self.server.scheme)]
         if host := index.get(b"x-forwarded-host", self.authority):  # HTTP/1.0 may have none
             lines.append(b"X-Forwarded-Host: " + host)
-        if body or record.method in WITH_BODY:
+        if body or record.method in WRITING:  # even if it is empty (RFC 9110, 8.6)
             lines.append(b"Content-Length: %d" % len(body))
         lines.append(backends.authorization)
         return b"\r\n".join(lines)
@@ -1980,7 +1974,12 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.begin(response.status, response.reason, lines, UNTIL_CLOSE if events else length)
         self.write(b"")
-        end_of_body = (self.relay_events if events else self.relay_body)(response)
+        try:
+            end_of_body = (self.relay_events if events else self.relay_body)(response)
+        except (Broken, BackendTimeout) as error:
+            if not self.forwarding.cancelled:
+                self.server.backends.failed(self.forwarding.backend, error.message)
+            raise
         record.usage = token_usage(end_of_body) if answered else ()
         self.write_end()
 
@@ -2014,7 +2013,8 @@ class Handler(BaseHTTPRequestHandler):
         follow at a boundary.
         """
         usage = last = tail = b""
-        self.at_boundary, doubtful = True, response.length == UNTIL_CLOSE
+        self.at_boundary = True
+        unproven = response.length == UNTIL_CLOSE  # only [DONE] tells that such a one is whole
         for piece in response.pieces():
             piece = tail + piece
             end = events_end(piece)
@@ -2029,9 +2029,9 @@ class Handler(BaseHTTPRequestHandler):
                 self.write_piece(last)
                 if b'_tokens"' in last and USAGE.search(last):
                     usage = last
-                if doubtful and LAST_EVENT.search(last):
-                    doubtful = False
-        if doubtful and not LAST_EVENT.search(tail) and (
+                if unproven and LAST_EVENT.search(last):
+                    unproven = False
+        if unproven and not LAST_EVENT.search(tail) and (
                 tail or self.record.path in PARSED and response.status == 200):
             raise Broken("closed the connection before the end of its event stream")
         if tail:
@@ -2140,15 +2140,16 @@ class Handler(BaseHTTPRequestHandler):
 
 
 # == 8. Server =====================================================================================
-# Binds, gives each connection a thread, and refuses those past the limit. Ten times a second it
-# looks for clients that left while a backend works for them, and for probes that are due. To stop,
-# it says so at /readyz, then takes no more connections and waits for the requests in flight.
+# Binds, gives each connection a thread, and refuses those past the limit. Workers share one socket,
+# and even out how many connections each has. Ten times a second it looks for clients that left
+# while a backend works for them, and for probes that are due. To stop, it says so at /readyz, then
+# takes no more connections and waits for the requests in flight.
 
-SWEEP_SECONDS = 0.1   # a vanished client's backend is stopped within about this
-ACCEPTS = 256         # of connections that wait, before other duties are looked after
+SWEEP_SECONDS = 0.1     # a vanished client's backend is stopped within about this
+MAX_ACCEPTS = 256       # connections that are accepted before other duties are looked after
 YIELD_SECONDS = 0.0005  # for another worker to accept a connection
-PARTING_SECONDS = 1   # a refused connection stays open so long, for its 503 to arrive
-STACK_BYTES = 2 << 20  # of a thread: with 1 MiB or less, deeply nested JSON kills the process
+PARTING_SECONDS = 1     # a refused connection stays open so long, for its 503 to arrive
+STACK_BYTES = 2 << 20   # of a thread: with 1 MiB or less, deeply nested JSON kills the process
 
 
 class Admission:
@@ -2198,7 +2199,8 @@ class Admission:
 class Server(ThreadingHTTPServer):
     """The listening socket, and the connections: a dict of socket to Handler (None at first).
 
-    It is made before any worker is forked: they share the socket, the metrics and the keys.
+    It is made before any worker is forked: they share the socket, the metrics and the keys, and
+    `loads`, the number of connections that each has; `number` is this worker's.
     """
 
     request_queue_size = 4096  # the stock backlog of 5 loses connections in any burst
@@ -2263,7 +2265,7 @@ class Server(ThreadingHTTPServer):
         they took 88 and 40, or 65 and 63 with this, and the slowest hundredth took half as long.
         Out of descriptors, wait for some rather than spin.
         """
-        for left in reversed(range(ACCEPTS)):
+        for left in reversed(range(MAX_ACCEPTS)):
             if len(self.loads) > 1 and len(self.connections) > min(self.loads) + 2:
                 time.sleep(YIELD_SECONDS)
             try:
@@ -2417,7 +2419,8 @@ def hung_up(descriptors):
 # to signal. A worker that dies is replaced; one that dies within a second of its start would do so
 # for ever, so the service stops. Signals have no handlers: they are blocked in all threads, and the
 # main thread waits for them. (A handler may run just before the thread goes to sleep, and the
-# signal is lost.) A worker whose supervisor is gone stops as if it had been told to.
+# signal is lost.) A worker whose supervisor is gone stops as if it had been told to. Each worker
+# keeps to one processor.
 
 STOP = {signal.SIGTERM, signal.SIGINT}
 CAN_WAIT = hasattr(signal, "sigwait")  # not on Windows: there Ctrl-C raises KeyboardInterrupt
@@ -2470,7 +2473,7 @@ def bind_to_processor(number):
 
 def work(server):
     """Serve until told to stop, and drain; return the exit status."""
-    if server.settings.cpu_affinity:
+    if server.settings.cpu_affinity:  # the process id: so that not all gateways take the first
         bind_to_processor((server.supervisor or os.getpid()) + server.number)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     with suppress(KeyboardInterrupt):
@@ -2503,6 +2506,23 @@ def start_worker(server, number):
     return pid
 
 
+def start_owed(server, owed, workers):
+    """Start the workers that are owed, (number, why) pairs; those that cannot be started stay so.
+
+    `workers` gives for a process id the worker's number and when it was started.
+    """
+    try:
+        while owed:
+            number, why = owed[0]
+            pid = start_worker(server, number)
+            workers[pid] = number, time.monotonic()
+            del owed[0]
+            if why:
+                note(server.settings, f"{why}; pid {pid} replaces it")
+    except OSError as error:
+        note(server.settings, f"no worker can be started: {error.strerror}; trying again")
+
+
 def reap(workers):
     """Forget the workers that have ended; yield of each its number, age in seconds, and fate."""
     for pid, (number, started) in list(workers.items()):
@@ -2522,7 +2542,7 @@ def supervise(server):
     of a drain.
     """
     settings, workers, status, told, deadline = server.settings, {}, 0, 0, None
-    owed = [(number, "") for number in range(settings.workers)]  # to be started, and why again
+    owed = [(number, "") for number in range(settings.workers)]
     signals, server.supervisor = awaited(settings) | {signal.SIGCHLD}, os.getpid()
 
     def stop(signum):
@@ -2533,16 +2553,7 @@ def supervise(server):
         return time.monotonic() + settings.drain_delay + settings.shutdown_timeout + LINGER_SECONDS
 
     while workers or owed:
-        try:
-            while owed:
-                number, why = owed[0]
-                pid = start_worker(server, number)
-                workers[pid] = number, time.monotonic()
-                del owed[0]
-                if why:
-                    note(settings, f"{why}; pid {pid} replaces it")
-        except OSError as error:
-            note(settings, f"no worker can be started: {error.strerror}; trying again")
+        start_owed(server, owed, workers)
         signum = next_signal(signals, deadline or owed and time.monotonic() + 1)
         if signum in STOP or not signum and deadline:
             at_once = told or not signum
