@@ -505,7 +505,8 @@ def parse_head(head, drop):
         index = {name: b", ".join(value for same, value in fields if same == name)
                  for name in index}
     if len(index.get(b"connection", b"")) > MAX_REMEMBERED:
-        raise Malformed("the Connection field is absurdly long")
+        raise Malformed(f"a Connection field may have {MAX_REMEMBERED} bytes; send less", 431,
+                        "request_header_fields_too_large")
     if named := tokens(index.get(b"connection", b"close")) - PERSISTENCE:
         drop = drop | named
     return start, index, [line for line, field in zip(lines, fields) if field[0] not in drop]

@@ -1447,6 +1447,12 @@ def proxies(monkeypatch):
 # -- 5. Backends: addresses, proxies, TLS ----------------------------------------------------------
 
 
+def test_a_connection_field_that_is_too_long_to_be_remembered_is_431(echo):
+    field = "Connection: close," + ",".join(str(number) for number in range(2000))
+    reply = ask(echo, "GET", "/healthz", b"", field)
+    assert (reply.status, reply.error()["code"]) == (431, "request_header_fields_too_large")
+
+
 def test_ids_that_are_made_for_one_connection_are_uuids_and_no_two_of_any_are_the_same(echo):
     ids = []
     for _ in range(3):
@@ -4269,7 +4275,7 @@ def test_workers_killed_under_load_cost_each_client_a_request_at_most_and_metric
             with contextlib.suppress(ConnectionError, AssertionError), Client(port) as client:
                 while not over.wait(0.002):
                     begun.append(1)
-                    assert client.send(TO_STREAM).reply().events()[-1] == "[DONE]"
+                    assert client.send(TO_STREAM).reply().events()[-1:] == ["[DONE]"]
                     done.append(1)
     with Process("--port=0", "--workers=2") as process:
         threads = [threading.Thread(target=load, args=(process.port,)) for _ in range(4)]
