@@ -32,7 +32,6 @@ import ipaddress
 import itertools
 import json
 import mmap
-import operator
 import os
 import re
 import select
@@ -128,11 +127,9 @@ def backend_url(text):
     """Parse a backend's address to its base, to which a client's path, /v1/..., is appended."""
     match = re.fullmatch(r"(https?://(?:[\w.-]*\w\.?|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?)"
                          r"(/[!-\"$->A-~]*)?", text, re.ASCII | re.IGNORECASE)
-    # A longer one would not fit into the name of a metric (NAME_BYTES).
-    if not (match and 0 < int(match[2] or 80) < 65_536 and len(text) <= 200):
+    if not (match and 0 < int(match[2] or 80) < 65_536):
         raise refused("no address like http://127.0.0.1:8000 or https://host/v1 (without user,"
-                      " password, query or fragment, of at most 200 characters), or no such ones"
-                      " separated by commas")
+                      " password, query or fragment), or no such ones separated by commas")
     return match[1] + (match[3] or "").rstrip("/").removesuffix("/v1").rstrip("/")
 
 
@@ -749,41 +746,44 @@ LATENCY = (.01, .02, .04, .08, .16, .32, .64, 1.28, 2.56, 5.12, 10.24, 20.48, 40
 FIRST_TOKEN = (.001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5, 7.5, 10, 30, 60,
                120, 300, 600)
 OVERHEAD = (.00005, .0001, .0002, .0005, .001, .002, .005, .01, .02, .05, .1, .2, .5, 1)
-OPERATION = "gen_ai_operation_name"
-FAMILIES = {  # name: (type, help, labels, upper bounds of the buckets)
-    "gen_ai_server_request_duration_seconds": (
-        "histogram", "Duration of inference requests.", (OPERATION,), LATENCY),
-    "gen_ai_server_time_to_first_token_seconds": (
-        "histogram", "Time to the first event of streamed answers.", (OPERATION,), FIRST_TOKEN),
-    "gen_ai_client_token_usage": (
-        "histogram", "Tokens of a request, as its answer tells them.", ("gen_ai_token_type",),
-        tuple(4 ** power for power in range(14))),
-    "gateway_requests_total": (
-        "counter", "Requests by the status of the reply and how it came out.",
-        ("status", "outcome"), ()),
-    "gateway_requests_in_flight": (
-        "gauge", "Requests at the backends, or on their way there.", (), ()),
-    "gateway_queue_depth": ("gauge", "Requests that wait for their turn.", (), ()),
-    "gateway_backend_up": ("gauge", "1 if the backend is up.", ("backend",), ()),
-    "gateway_backend_requests_total": (
-        "counter", "Tries at a backend by how they came out.", ("backend", "outcome"), ()),
-    "gateway_retries_total": ("counter", "Tries beyond the first of a request.", (), ()),
-    "gateway_client_disconnects_total": (
-        "counter", "Requests whose client left before the end of the reply.", (), ()),
-    "gateway_overhead_seconds": (
-        "histogram", "From a forwarded request's last byte to its reply's first, less the waiting"
-        " for the backend and for its turn.", (), OVERHEAD),
-    "gateway_build_info": ("gauge", "1, with the gateway's version.", ("version",), ())}
-BOUNDS = {name: family[3] for name, family in FAMILIES.items()}
 REPEATABLE = frozenset("/v1/" + name for name in (  # POSTs that change nothing on the backend
     "chat/completions", "completions", "embeddings", "moderations", "rerank", "score", "classify",
     "tokenize", "detokenize", "audio/speech", "audio/transcriptions", "audio/translations"))
 OPERATIONS = dict.fromkeys(REPEATABLE, "other") | {
     "/v1/chat/completions": "chat", "/v1/completions": "text_completion",
     "/v1/embeddings": "embeddings", "/v1/responses": "chat", "/v1/messages": "chat"}
-PLAIN = re.compile(r"[!#-\[\]-~]+")
 STATUSES = {int(status): str(int(status)) for status in (499, *HTTPStatus)}
-NAME_BYTES, SLOT_BYTES, ROW_SLOTS = 304, 512, 1500  # of a row, most pages are never used
+BY_STATUS = {"status": (*STATUSES.values(), "other"),
+             "outcome": ("ok", "refused", "failed", "cut", "client_closed")}
+BY_OPERATION = {"gen_ai_operation_name": ("chat", "text_completion", "embeddings", "other")}
+BY_BACKEND = {"backend": (), "outcome": (  # the backends are those of BACKEND_URL
+    *(f"{hundred}xx" for hundred in range(2, 10)), "backend_unreachable", "backend_error",
+    "backend_timeout", "too_many_connections", "cancelled")}
+FAMILIES = {  # name: (type, help, labels and their values, upper bounds of the buckets)
+    "gen_ai_server_request_duration_seconds": (
+        "histogram", "Duration of inference requests.", BY_OPERATION, LATENCY),
+    "gen_ai_server_time_to_first_token_seconds": (
+        "histogram", "Time to the first event of streamed answers.", BY_OPERATION, FIRST_TOKEN),
+    "gen_ai_client_token_usage": (
+        "histogram", "Tokens of a request, as its answer tells them.",
+        {"gen_ai_token_type": ("input", "output")}, tuple(4 ** power for power in range(14))),
+    "gateway_requests_total": (
+        "counter", "Requests by the status of the reply and how it came out.", BY_STATUS, ()),
+    "gateway_requests_in_flight": (
+        "gauge", "Requests at the backends, or on their way there.", {}, ()),
+    "gateway_queue_depth": ("gauge", "Requests that wait for their turn.", {}, ()),
+    "gateway_backend_up": ("gauge", "1 if the backend is up.", {"backend": ()}, ()),
+    "gateway_backend_requests_total": (
+        "counter", "Tries at a backend by how they came out.", BY_BACKEND, ()),
+    "gateway_retries_total": ("counter", "Tries beyond the first of a request.", {}, ()),
+    "gateway_client_disconnects_total": (
+        "counter", "Requests whose client left before the end of the reply.", {}, ()),
+    "gateway_overhead_seconds": (
+        "histogram", "From a forwarded request's last byte to its reply's first, less the waiting"
+        " for the backend and for its turn.", {}, OVERHEAD),
+    "gateway_build_info": ("gauge", "1, with the gateway's version.", {"version": (__version__,)},
+                           ())}
+PLAIN = re.compile(r"[!#-\[\]-~]+")
 
 
 def log(line):
@@ -835,15 +835,14 @@ class Record:
 
     LOGGED = ("time", "request_id", "trace_id", "client", "key", "method", "path", "status",
               "model", "backend", "stream", "bytes", "first_byte_ms", "duration_ms", "outcome")
-    request_id = ""  # none is known yet; "-" would be a valid one
-    method = path = model = backend = key = trace_id = "-"
-    outcome = result = "ok"
-    stream, usage, tries = False, (), ()
-    status = bytes = waited = 0
-    first = first_piece = asked = None
-
     def __init__(self, client):
         self.began, self.client = time.monotonic(), client
+        self.request_id = ""  # none is known yet; "-" would be a valid one
+        self.method = self.path = self.model = self.backend = self.key = self.trace_id = "-"
+        self.outcome = self.result = "ok"
+        self.stream, self.usage, self.tries = False, (), ()
+        self.status = self.bytes = self.waited = 0
+        self.first = self.first_piece = self.asked = None
 
     def line(self, form):
         """End the record and return its line for the log."""
@@ -861,103 +860,86 @@ class Record:
                 f" key={self.key} id={self.request_id} {self.outcome}")
 
 
-class Series(dict):
-    """The series of one worker, in its row of the mapping that all workers share.
-
-    For a family and its labels, a tuple of texts, there are the values: one, or the counts of a
-    histogram's buckets and, last, its sum. A series begins, at 0, when it is first asked for; in
-    the row each has a slot, in which its name and then its values stand.
-    """
-
-    def __init__(self, row):
-        self._row, self._used = row, 0
-        while row[at := self._used * SLOT_BYTES]:
-            self._take(tuple(bytes(row[at:at + NAME_BYTES]).rstrip(b"\0").decode().split("\t")))
-
-    def _take(self, series):
-        """Give the series the next slot; the last one is for all that find no room, and unnamed."""
-        start = self._used * SLOT_BYTES + NAME_BYTES
-        size = len(BOUNDS[series[0]]) + 2 if BOUNDS[series[0]] else 1
-        self[series] = self._row[start:start + 8 * size].cast("d")
-        self._used = min(self._used + 1, ROW_SLOTS - 1)
-
-    def __missing__(self, series):
-        name, at = "\t".join(series).encode(), self._used * SLOT_BYTES
-        self._take(series)
-        if at < (ROW_SLOTS - 1) * SLOT_BYTES:
-            self._row[at + 1:at + NAME_BYTES] = name[1:].ljust(NAME_BYTES - 1, b"\0")
-            self._row[at] = name[0]  # from here on it is seen, also by others
-        return self[series]
-
-
 class Metrics:
-    """The counters of all workers, a row for each in one mapping made before the fork.
+    """The counters of all workers, a row of numbers for each in one mapping made before the fork.
 
-    Invariant: a worker writes to `series`, its own row, alone, under `lock`; any reads all. Who
-    takes a dead worker's place goes on in its row: no counter goes back.
+    For a family and the values of its labels, `places` tells where in a row its number stands, or
+    its histogram: the sum, and behind it the count of each bucket. All series there can be have
+    their place from the start. Invariant: a worker writes to `row`, its own, alone, under `lock`;
+    any reads all. Who takes a dead worker's place goes on in its row: no counter goes back.
     """
 
-    def __init__(self, workers):
-        size = ROW_SLOTS * SLOT_BYTES
-        whole, self.lock = memoryview(mmap.mmap(-1, workers * size)), threading.Lock()
-        self._rows = [whole[start:start + size] for start in range(0, len(whole), size)]
+    def __init__(self, workers, backends):
+        self.places, self._width, self.lock = {}, 0, threading.Lock()
+        for family, (_, _, labels, bounds) in FAMILIES.items():
+            self.places[family] = {}
+            for key in itertools.product(*(values or backends for values in labels.values())):
+                self.places[family][key] = self._width
+                self._width += len(bounds) + 2 if bounds else 1
+        self._rows = memoryview(mmap.mmap(-1, 8 * self._width * workers)).cast("d")
         self.attach(0)
 
     def attach(self, worker):
-        """Go on in the row of this worker, with its gauges at 0."""
-        self.series = Series(self._rows[worker])
-        for name, (kind, _, labels, _) in FAMILIES.items():
-            if kind != "histogram" and not labels:
-                self.series[name,][0] *= kind == "counter"
+        """Write to the row of this worker from here on."""
+        self.row = self._rows[worker * self._width:][:self._width]
 
-    def observe(self, series, value):
+    def set(self, gauge, value):
+        """Set a gauge without labels."""
+        self.row[self.places[gauge][()]] = value
+
+    def observe(self, family, key, value):
         """Add a value to a histogram. Hold the lock."""
-        values = self.series[series]
-        values[bisect_left(BOUNDS[series[0]], value)] += 1
-        values[-1] += value
+        place = self.places[family][key]
+        self.row[place] += value
+        self.row[place + 1 + bisect_left(FAMILIES[family][3], value)] += 1
 
     def count(self, record):
         """Count a request that has ended."""
-        series, observe, operation = self.series, self.observe, OPERATIONS.get(record.path)
-        status = STATUSES.get(record.status, "other")
+        row, places, operation = self.row, self.places, OPERATIONS.get(record.path)
+        how = STATUSES.get(record.status, "other"), record.result
         with self.lock:
-            series["gateway_requests_total", status, record.result][0] += 1
+            row[places["gateway_requests_total"][how]] += 1
             if record.result == "client_closed":
-                series["gateway_client_disconnects_total",][0] += 1
-            for url, outcome in record.tries:
-                series["gateway_backend_requests_total", url, outcome][0] += 1
+                row[places["gateway_client_disconnects_total"][()]] += 1
+            for tried in record.tries:
+                row[places["gateway_backend_requests_total"][tried]] += 1
             if len(record.tries) > 1:
-                series["gateway_retries_total",][0] += len(record.tries) - 1
+                row[places["gateway_retries_total"][()]] += len(record.tries) - 1
             if record.first and record.asked:
-                observe(("gateway_overhead_seconds",),
-                        record.first - record.asked - record.waited)
+                self.observe("gateway_overhead_seconds", (),
+                             record.first - record.asked - record.waited)
             if not operation or record.method != "POST":
                 return
-            observe(("gen_ai_server_request_duration_seconds", operation),
-                    record.duration_ms / 1000)
+            self.observe("gen_ai_server_request_duration_seconds", (operation,),
+                         record.duration_ms / 1000)
             if record.stream and record.first_piece and record.status == 200:
-                observe(("gen_ai_server_time_to_first_token_seconds", operation),
-                        record.first_piece - record.began)
-            for kind, tokens in zip(("input", "output"), record.usage):
+                self.observe("gen_ai_server_time_to_first_token_seconds", (operation,),
+                             record.first_piece - record.began)
+            for kind, tokens in zip((("input",), ("output",)), record.usage):
                 if tokens is not None:
-                    observe(("gen_ai_client_token_usage", kind), tokens)
+                    self.observe("gen_ai_client_token_usage", kind, tokens)
 
-    def render(self, more):
-        """Return Prometheus' text format 0.0.4 of the sums over all workers, and of `more`."""
-        sums = dict(more)
-        for row in self._rows:
-            for series, values in Series(row).items():
-                so_far = sums.get(series, itertools.repeat(0))
-                sums[series] = list(map(operator.add, so_far, values))
-        lines = []
+    def render(self, gauges):
+        """Return Prometheus' text format 0.0.4: of the sums over all workers, and of `gauges`.
+
+        These are of this worker alone: (family, label value) pairs with their numbers. Of series
+        with labels, those appear that have a number.
+        """
+        width, rows, lines = self._width, self._rows.tolist(), []
+        sums = [sum(rows[place::width]) for place in range(width)]
+        for (family, label), value in gauges.items():
+            sums[self.places[family][label,]] = value
         for family, (kind, text, labels, bounds) in FAMILIES.items():
             lines += [f"# HELP {family} {text}", f"# TYPE {family} {kind}"]
-            for (_, *key), values in sorted(i for i in sums.items() if i[0][0] == family):
-                if kind != "histogram":
-                    lines.append(sample(family, labels, key, values[0]))
+            for key, place in self.places[family].items():
+                total, *counts = sums[place:place + (len(bounds) + 2 if bounds else 1)]
+                if not bounds:
+                    if total or not key or (family, *key) in gauges:
+                        lines.append(sample(family, labels, key, total))
                     continue
-                *counts, total = values
                 counts = list(itertools.accumulate(counts))
+                if not counts[-1] and key:
+                    continue
                 for bound, count in zip((*bounds, "+Inf"), counts):
                     lines.append(sample(f"{family}_bucket", (*labels, "le"), (*key, bound), count))
                 lines.append(sample(f"{family}_sum", labels, key, total))
@@ -1031,14 +1013,14 @@ class BackendRequest(urllib.request.Request):
     is the Event on which it waits for its turn.
     """
 
-    full_url = data = None  # plain attributes here, properties there
+    __slots__ = ("full_url", "data")  # plain attributes here, properties there
     unverifiable, origin_req_host, headers = False, "", {}
-    link = backend = turn = None
-    cancelled = False
 
     def __init__(self, method, target, fields, body, model, repeatable):
         self.method, self.target, self.data, self.model = method, target, body, model
         self.own_fields, self.repeatable = fields, repeatable
+        self.link = self.backend = self.turn = None
+        self.cancelled = False
 
     def aim(self, backend):
         """Direct it to this backend."""
@@ -2209,7 +2191,8 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, settings):
         self.settings, self.connections, self.parting, self.draining = settings, {}, [], False
-        self.metrics, self.supervisor, self.number = Metrics(settings.workers), None, 0
+        self.metrics = Metrics(settings.workers, settings.backend_url)
+        self.supervisor, self.number = None, 0
         self.loads = memoryview(mmap.mmap(-1, 8 * settings.workers)).cast("q")
         self.backends = Backends(settings) if settings.backend_url else None
         self.admission = Admission(settings.max_concurrent_requests, settings.queue_timeout)
@@ -2350,16 +2333,15 @@ class Server(ThreadingHTTPServer):
         waiting = len(self.admission.queue)
         forwarding = sum(1 for handler in list(self.connections.values())
                          if handler and handler.forwarding)
-        self.metrics.series["gateway_requests_in_flight",][0] = max(forwarding - waiting, 0)
-        self.metrics.series["gateway_queue_depth",][0] = waiting
+        self.metrics.set("gateway_requests_in_flight", max(forwarding - waiting, 0))
+        self.metrics.set("gateway_queue_depth", waiting)
 
     def metrics_text(self):
         """Return the text of /metrics; which backends are up is the view of this worker."""
         self.set_gauges()
         backends = self.backends.all if self.backends else ()
-        return self.metrics.render({
-            ("gateway_build_info", __version__): [1],
-            **{("gateway_backend_up", backend.url): [backend.up] for backend in backends}})
+        return self.metrics.render({("gateway_build_info", __version__): 1} | {
+            ("gateway_backend_up", backend.url): backend.up for backend in backends})
 
     def readiness(self):
         """Return the status and the JSON of /readyz."""

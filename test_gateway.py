@@ -504,7 +504,7 @@ BAD_SETTINGS = {
     "BACKEND_URL": (
         "localhost:8000", "127.0.0.1", "ftp://h/v1", "file:///etc", "http://", "http://h:99999",
         "http://h:0x50", "http://[::1", "http://h/a b", "http://h?a=b", "http://h\nx",
-        "http://h,ftp://h", ",x", "http://h/" + "a" * 200,
+        "http://h,ftp://h", ",x",
         "http://a,b:8000", "http://a,http://u:s3cret@b",
         "http://user:s3cret@h/v1", "http://s3cret@h", "user:s3cret@h"),
     "PROBE_INTERVAL": ("-1", "nan", "often"), "WORKERS": ("0", "-1", "many", "257"),
