@@ -128,8 +128,9 @@ def backend_url(text):
     match = re.fullmatch(r"(https?://(?:[\w.-]*\w\.?|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?)"
                          r"(/[!-\"$->A-~]*)?", text, re.ASCII | re.IGNORECASE)
     if not (match and 0 < int(match[2] or 80) < 65_536):
-        raise refused("no address like http://127.0.0.1:8000 or https://host/v1 (without user,"
-                      " password, query or fragment), or no such ones separated by commas")
+        raise refused("an address begins with http:// or https://, as in http://127.0.0.1:8000 or"
+                      " https://host/v1, and has no user, password, query or fragment; separate"
+                      " several by commas")
     return match[1] + (match[3] or "").rstrip("/").removesuffix("/v1").rstrip("/")
 
 
@@ -305,7 +306,7 @@ def make_tls(settings):
         context.load_cert_chain(settings.tls_cert_file, settings.tls_key_file, password="")
     except ssl.SSLError as error:
         raise ValueError("TLS_CERT_FILE and TLS_KEY_FILE hold no certificate in PEM and its key,"
-                         f" without a passphrase ({error.reason})") from None
+                         f" without a passphrase ({error.reason or 'no PEM'})") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"TLS_CERT_FILE or TLS_KEY_FILE cannot be read: {error}") from None
     return context
@@ -1085,7 +1086,7 @@ class Response:
         self.index, self.lines, self._pool, self._request = index, lines, pool, request
         self.length = length = response_length(request.method, self.status, index, minor)
         self._persistent = is_persistent(index.get(b"connection", b""), minor)
-        self.deadline = UNTIL_CLOSE
+        self.deadline = float("inf")
         self.whole, self.rest = 0 <= length <= len(rest), rest
         if self.whole:
             self.rest = rest[:length]
@@ -1440,7 +1441,8 @@ class Backends:
             backend.retry_at = max(backend.retry_at, now + wait)
             backend.probe_at = min(backend.probe_at, backend.retry_at)
         if was_up:
-            note(self.settings, f"backend {backend.url} is down: {why}; skipped for {wait or 1} s")
+            note(self.settings, f"backend {backend.url} is down: {why};"
+                 f" others come first for {wait or 1} s")
 
     def succeeded(self, backend):
         """The backend answers: it is up."""
@@ -1600,6 +1602,7 @@ FORM_BYTES = 65_536        # of a form's beginning, and of its end, in which its
 LINGER_SECONDS = 5         # for a refused client to stop sending; nginx gives as many
 
 READING, WRITING = ("GET", "HEAD"), ("POST", "PUT", "PATCH")  # a writing one tells its length
+METHODS = (*READING, *WRITING, "DELETE")
 PARSED = frozenset(("/v1/chat/completions", "/v1/completions"))  # POSTs here must be JSON objects
 ECHO_MODEL = {"id": "echo", "object": "model", "created": 0, "owned_by": "gateway"}
 OPEN_PATHS = ("/healthz", "/readyz")  # need no key: who asks them has none
@@ -1816,7 +1819,7 @@ class Handler(BaseHTTPRequestHandler):
         if methods is None and path.startswith("/v1/") and backends:
             if record.method not in ("CONNECT", "TRACE"):  # which are about the way, not the end
                 return self.forward()
-            methods = (*READING, *WRITING, "DELETE")
+            methods = METHODS
         if methods is None:
             raise APIError(404, "unknown_url", f"nothing is at {printable(path)}; use the base URL"
                            " http://HOST:PORT/v1" + ("" if backends else
@@ -1854,7 +1857,7 @@ class Handler(BaseHTTPRequestHandler):
         self.read_body()
         asked = self.index.get(b"access-control-request-headers")
         self.reply(204, b"", [
-            b"Access-Control-Allow-Methods: " + ", ".join((*READING, *WRITING, "DELETE")).encode(),
+            b"Access-Control-Allow-Methods: " + ", ".join(METHODS).encode(),
             b"Access-Control-Max-Age: 7200",
             *([b"Access-Control-Allow-Headers: " + asked] if asked else [])])
 

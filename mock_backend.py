@@ -3,7 +3,7 @@
 It has POST /v1/chat/completions, /v1/completions (both with "stream": true too), /v1/embeddings,
 GET /v1/models, /v1/models/NAME and /healthz. A completion's id is the received X-Request-ID.
 GET /mock/requests lists the last 100 requests to /v1 as JSON: method, path, headers, body,
-connection (a number), outcome (pending, answered, client_gone or misbehaved).
+connection (the client's port), outcome (pending, answered, client_gone or misbehaved).
 
 Asked by the header X-Mock, it misbehaves as real backends do, in one or several of these ways:
 
@@ -24,7 +24,6 @@ Asked by the header X-Mock, it misbehaves as real backends do, in one or several
 
 import argparse
 import collections
-import itertools
 import json
 import os
 import re
@@ -35,321 +34,217 @@ import sys
 import time
 import urllib.parse
 import uuid
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
-# What each word of X-Mock takes: (type, lowest value, highest value), or None for no value.
-MISBEHAVIOURS = {
-    "delay": (float, 0, 3600), "status": (int, 200, 599), "tokens": (int, 1, 100_000),
-    "interval": (float, 0, 3600), "cut": None, "silent": None, "garbage": None, "close": None}
-GARBAGE = b"\x16\x03\x01\x00\xff these bytes are not HTTP\r\n\r\n\x00\xfe"
+# What an item of X-Mock may be. No status 1xx: clients would wait for the one after it.
+WAYS = re.compile(r"(delay|interval)=[0-9]{1,4}(\.[0-9]+)?|status=[2-5][0-9][0-9]|"
+                  r"tokens=[1-9][0-9]{0,4}|cut|silent|garbage|close")
 
 
-class Refused(argparse.ArgumentTypeError):
-    """Why a setting (exit status 2) or a request (400) is refused; argparse shows no other text."""
-
-
-# ---- What is answered: functions of values, no socket -------------------------------------------
-
-
-def parse_misbehaviour(text):
-    """{"delay": 1.5, "cut": True} for "delay=1.5, cut"; Refused where the table has no such."""
+def misbehaviour(text):
+    """{"delay": "1.5", "cut": ""} for "delay=1.5, cut"; ArgumentTypeError if it is none of WAYS."""
     how = {}
     for item in filter(None, map(str.strip, text.split(","))):
-        word, equals, value = item.partition("=")
-        if word not in MISBEHAVIOURS:
-            raise Refused(f"misbehaviour {word!r} is unknown; known: {', '.join(MISBEHAVIOURS)}")
-        kind, low, high = MISBEHAVIOURS[word] or (lambda _: not equals, True, True)
-        try:
-            how[word] = kind(value)
-        except ValueError:
-            how[word] = -1
-        if not low <= how[word] <= high:
-            raise Refused(f"misbehaviour {word!r} cannot be {value!r}; it takes " + (
-                f"{low} to {high}" if MISBEHAVIOURS[word] else "no value"))
+        if not WAYS.fullmatch(item):
+            raise argparse.ArgumentTypeError(
+                f"{item!r} is not one of delay=S, status=N, tokens=N, interval=S, cut, silent,"
+                " garbage and close, or its number is out of range")
+        word, _, value = item.partition("=")
+        how[word] = value
     return how
 
 
-def error(status, message, code, param=None):
-    """(status, OpenAI's error body)."""
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def count_words(prompt):
-    """Whitespace-separated words of a text, a message, a content part, or a list of them."""
-    if isinstance(prompt, dict):
-        prompt = prompt.get("content", prompt.get("text"))
-    if isinstance(prompt, list):
-        return sum(map(count_words, prompt))
-    return len(prompt.split()) if isinstance(prompt, str) else 0
-
-
 def reply_to(method, path, body, request_id, models, tokens):
-    """(status, value): a tuple of dicts is to be sent as events, all else as JSON."""
+    """(status, value) of the reply; encode() says what a value may be."""
     try:
-        asked = json.loads(body)
-        words = count_words(asked.get("messages", asked.get("prompt", asked.get("input"))))
-    except (AttributeError, ValueError, RecursionError):
-        asked, words = {}, 0  # no JSON object: that gets its "Mock" too
+        asked = dict(json.loads(body))
+    except (TypeError, ValueError, RecursionError):
+        asked = {}  # no JSON object: that gets its "Mock" too
     model = asked["model"] if isinstance(asked.get("model"), str) else models[0]
-    cards = [{"id": name, "object": "model", "created": 0, "owned_by": "mock"} for name in models]
+    cards = {f"/v1/models/{name}": {"id": name, "object": "model", "created": 0, "owned_by": "mock"}
+             for name in models}
     match "GET" if method == "HEAD" else method, path:
         case "GET", "/healthz":
             return 200, {"status": "ok"}
         case "GET", "/v1/models":
-            return 200, {"object": "list", "data": cards}
-        case "GET", _ if path.startswith("/v1/models/"):
-            name = urllib.parse.unquote(path.removeprefix("/v1/models/"))
-            if name in models:
-                return 200, cards[models.index(name)]
-            return error(404, f"The model {name!r} does not exist", "model_not_found", "model")
+            return 200, {"object": "list", "data": [*cards.values()]}
+        case "GET", _ if path in cards:
+            return 200, cards[path]
         case "POST", "/v1/chat/completions" | "/v1/completions":
-            chat = path == "/v1/chat/completions"
-            return 200, completion(chat, asked, request_id, model, words, tokens)
+            return 200, completion("chat" in path, asked, request_id, model, tokens)
         case "POST", "/v1/embeddings":
-            inputs = asked["input"] if isinstance(asked.get("input"), list) else [None]
-            vectors = [{"object": "embedding", "index": index, "embedding": [0.6, 0.0, 0.8]}
-                       for index in range(len(inputs))]
-            usage = {"prompt_tokens": words, "total_tokens": words}
-            return 200, {"object": "list", "data": vectors, "model": model, "usage": usage}
-    return error(404, f"The mock backend has no {method} {path}", "unknown_url")
+            count = len(asked["input"]) if isinstance(asked.get("input"), list) else 1
+            vector = {"object": "embedding", "embedding": [0.6, 0.0, 0.8]}
+            return 200, {"object": "list", "data": [{**vector, "index": n} for n in range(count)],
+                         "model": model, "usage": {"prompt_tokens": count, "total_tokens": count}}
+    return 404, f"The mock backend has no {method} {path}"
 
 
-def completion(chat, asked, request_id, model, words, tokens):
+def completion(chat, asked, request_id, model, tokens):
     """A chat (else a text) completion of so many tokens: a dict, or a tuple of chunks."""
-    streamed = asked.get("stream") is True
+    streamed, options = asked.get("stream") is True, asked.get("stream_options")
     kind = "chat.completion" + ".chunk" * streamed if chat else "text_completion"
     same = {"id": request_id, "object": kind, "created": int(time.time()), "model": model}
-    usage = {"prompt_tokens": words, "completion_tokens": tokens, "total_tokens": words + tokens}
+    usage = {"prompt_tokens": 1, "completion_tokens": tokens, "total_tokens": 1 + tokens}
 
-    def say(part, finish_reason=None):
-        choice = {"index": 0, **part, "logprobs": None, "finish_reason": finish_reason}
+    def say(text, finish_reason=None, **role):
+        part = {"delta" if streamed else "message": {**role, "content": text}}
+        choice = {"index": 0, **(part if chat else {"text": text}), "logprobs": None,
+                  "finish_reason": finish_reason}
         return {**same, "choices": [choice]}
 
     texts = ["Mock"] + [" Mock"] * (tokens - 1)
     if not streamed:
-        text = "".join(texts)
-        part = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
-        return {**say(part, "stop"), "usage": usage}
-    first, last = ({"role": "assistant", "content": ""}, {}) if chat else ("", "")
-    name = "delta" if chat else "text"
-    parts = [first, *({"content": text} if chat else text for text in texts)]
-    chunks = [say({name: part}) for part in parts] + [say({name: last}, "stop")]
-    options = asked.get("stream_options")
+        return {**say("".join(texts), "stop", role="assistant"), "usage": usage}
+    chunks = [say("", role="assistant"), *map(say, texts), say("", "stop")]
     if isinstance(options, dict) and options.get("include_usage") is True:
         chunks = [{**chunk, "usage": None} for chunk in chunks]
         chunks.append({**same, "choices": [], "usage": usage})
     return tuple(chunks)
 
 
-def encode(value):
-    """(fields, pieces) of a body: JSON is one piece; of a stream, each event is one."""
-    if not isinstance(value, tuple):
-        body = json.dumps(value).encode()
-        return {"Content-Type": "application/json", "Content-Length": len(body)}, [body]
-    events = [f"data: {data}\n\n".encode() for data in (*map(json.dumps, value), "[DONE]")]
-    pieces = [b"%x\r\n%b\r\n" % (len(event), event) for event in events]
-    pieces[-1] += b"0\r\n\r\n"
-    return {"Content-Type": "text/event-stream", "Cache-Control": "no-cache",
-            "Transfer-Encoding": "chunked"}, pieces
-
-
-# ---- How it is sent: one handler and one thread per connection ----------------------------------
+def encode(status, value):
+    """(fields, pieces) of a body: a tuple's events, a text as an error, all else as JSON."""
+    if status in (204, 304):
+        return {}, [b""]  # RFC 9112, 6.3: these have none
+    if isinstance(value, tuple):
+        events = [f"data: {data}\n\n".encode() for data in (*map(json.dumps, value), "[DONE]")]
+        pieces = [b"%x\r\n%b\r\n" % (len(event), event) for event in events]
+        pieces[-1] += b"0\r\n\r\n"
+        return {"Content-Type": "text/event-stream", "Transfer-Encoding": "chunked"}, pieces
+    if isinstance(value, str):
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        value = {"error": {"message": value, "type": kind, "param": None, "code": "mock"}}
+    body = json.dumps(value).encode()
+    return {"Content-Type": "application/json", "Content-Length": len(body)}, [body]
 
 
 class Handler(BaseHTTPRequestHandler):
     """One connection: reads a request, records it, answers or misbehaves, and again."""
 
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-
-    def setup(self):
-        super().setup()
-        self.connection_number = next(self.server.connection_numbers)
+    disable_nagle_algorithm = True  # else each body would wait for the client's ACK of its head
 
     def dispatch(self):
-        """Answer one request, whatever happens: one record, one log line."""
+        """Answer one request, or note in its record that the client would not wait."""
         self.record = {"method": self.command, "path": self.path, "headers": self.headers.items(),
-                       "body": "", "connection": self.connection_number, "outcome": "pending"}
-        received = self.headers.get("X-Request-ID", "")
-        # A folded value holds line ends: sent back, it would split the head of the reply.
-        self.request_id = received if received and received.isprintable() else str(uuid.uuid4())
-        self.status = "-"
+                       "body": "", "connection": self.client_address[1], "outcome": "pending"}
+        self.request_id = self.headers.get("X-Request-ID") or str(uuid.uuid4())
         try:
-            try:
-                self.answer(self.receive())
-            except Refused as refusal:
-                self.close_connection = True
-                self.write(*error(400, str(refusal), "bad_request"))
+            self.answer()
         except OSError:
             self.close_connection = True
             self.record["outcome"] = "client_gone"
-        finally:
-            self.log_message("%s %s %s %s %s", self.command, self.path, self.status,
-                             self.record["outcome"], self.request_id)
+        self.log_message("%s %s %s", self.requestline, self.record["outcome"], self.request_id)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = dispatch
 
-    def receive(self):
-        """The body. The request is recorded once that is read, or known to be broken."""
-        try:
-            body = self.read_body()
-            self.record["body"] = body.decode("latin-1")
-            return body
-        finally:
-            if self.path.startswith("/v1/"):  # no health check pushes a record out
-                self.server.records.append(self.record)
-
-    def read_body(self):
-        if "Transfer-Encoding" not in self.headers:
-            return self.read(self.headers.get("Content-Length", "0"), 10)
-        chunks = [None]
-        while chunks[-1] != b"":
-            chunks.append(self.read(self.rfile.readline(65536).partition(b";")[0], 16))
-            rest = self.rfile.readline(65536)
-        while rest.strip():  # trailers
-            rest = self.rfile.readline(65536)
-        return b"".join(chunks[1:])
-
-    def read(self, length, base):
-        """As many bytes as the text says; Refused if absurd: BufferedReader allocates them."""
-        try:
-            count = int(length, base)
-        except ValueError:
-            count = -1
-        if not 0 <= count < 2**30:
-            raise Refused(f"{length!r} is no length of a body or a chunk")
-        data = self.rfile.read(count)
-        if len(data) < count:
-            raise ConnectionAbortedError("the client went away within its body")
-        return data
-
-    def answer(self, body):
+    def answer(self):
         """Misbehave as the request asks, else as the command line does; or reply."""
-        path, how = self.path.partition("?")[0], {}
+        path, how = urllib.parse.unquote(self.path.partition("?")[0]), {}
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if "Transfer-Encoding" in self.headers:  # chunks are not read, nor taken for a request
+            self.close_connection = True
         if path == "/mock/requests":
             return self.write(200, list(self.server.records))
-        if path.startswith("/v1/"):
+        if path.startswith("/v1/"):  # no health check pushes a record out
+            self.record["body"] = body.decode("latin-1")
+            self.server.records.append(self.record)
             wishes = self.headers.get_all("X-Mock")
-            how = parse_misbehaviour(",".join(wishes)) if wishes else self.server.misbehaviour
-        self.pause(how.get("delay", 0))
+            try:
+                how = misbehaviour(",".join(wishes)) if wishes else self.server.misbehaviour
+            except argparse.ArgumentTypeError as problem:
+                return self.write(400, str(problem))
+        if "delay" in how:
+            self.pause(float(how["delay"]))
         if "silent" in how:
-            while self.request.recv(65536):
-                pass  # only the end is of interest
+            self.rfile.read()  # returns when the client has gone
             raise ConnectionAbortedError("the client went away")
         if "close" in how or "garbage" in how:
             self.close_connection = True
             self.record["outcome"] = "misbehaved"
-            return self.request.sendall(b"" if "close" in how else GARBAGE)
+            return self.wfile.write(b"\x16\x03\x01 no HTTP\r\n\r\n" if "garbage" in how else b"")
         if "status" in how:
-            return self.write(*error(how["status"], "The mock was asked for this", "mock"), how)
+            return self.write(int(how["status"]), "The mock was asked for this", how)
         self.write(*reply_to(self.command, path, body, self.request_id, self.server.models,
-                             how.get("tokens", 1)), how)
+                             int(how.get("tokens", 1))), how)
 
     def write(self, status, value, how={}):
-        """The head and the first piece go in one write, each further piece in its own."""
-        fields, pieces = encode(value)
-        if status in (204, 304):
-            fields, pieces = {}, [b""]  # RFC 9112, 6.3: these have no body
-        elif self.command == "HEAD":
+        """Send the head, then the body piece by piece."""
+        fields, pieces = encode(status, value)
+        if self.command == "HEAD":
             pieces = [b""]
+        self.send_response(status)
+        for name, field in fields.items():
+            self.send_header(name, field)
+        self.send_header("X-Request-ID", self.request_id)
+        if status in (429, 503):
+            self.send_header("Retry-After", "1")
         if "cut" in how:
-            self.close_connection = True
+            self.send_header("Connection", "close")  # and then http.server does close
             middle = len(pieces) // 2
             pieces[middle:] = [pieces[middle][:len(pieces[middle]) // 2]]
-        if status in (429, 503):
-            fields["Retry-After"] = 1
-        fields = {"Date": self.date_time_string(), "Server": "mock-backend", **fields,
-                  "X-Request-ID": self.request_id,
-                  "Connection": "close" if self.close_connection else "keep-alive"}
-        head = f"HTTP/1.1 {status} {self.responses.get(status, ('',))[0]}\r\n"
-        head += "".join(f"{name}: {field}\r\n" for name, field in fields.items())
-        pieces[0] = f"{head}\r\n".encode("latin-1") + pieces[0]
-        self.status = status
-        for number, piece in enumerate(pieces):
-            if number > 0:  # a stream: its tokens are pieces 1, 2, 3 ...
-                self.pause(how.get("interval", 0) if 1 < number <= how.get("tokens", 1) else 0)
-            if number == len(pieces) - 1:  # before the write: who has the reply finds it recorded
+        self.end_headers()
+        for number, piece in enumerate(pieces, 1):
+            if "interval" in how and 2 < number <= 1 + int(how.get("tokens", 1)):
+                self.pause(float(how["interval"]))
+            if number == len(pieces):  # before the write: who has the reply finds it recorded
                 self.record["outcome"] = "misbehaved" if "cut" in how else "answered"
-            self.request.sendall(piece)
+            self.wfile.write(piece)
+
+    def log_request(self, *_):
+        """Log nothing yet: how the request came out is not known."""
 
     def pause(self, seconds):
-        """Return after so many seconds; ConnectionError as soon as the client is gone.
-
-        A client that closes only its sending side counts as gone: from here it looks the same.
-        """
-        end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
-            self.request.settimeout(left)
-            try:
-                if not self.request.recv(1, socket.MSG_PEEK):
-                    raise ConnectionAbortedError("the client went away")
-                time.sleep(min(left, 0.05))  # its next request is there already: recv returns
-            except TimeoutError:
-                pass
-            finally:
-                self.request.settimeout(None)
+        """Return after so many seconds; ConnectionError as soon as the client is gone."""
+        self.connection.settimeout(seconds)
+        try:
+            if not self.connection.recv(1, socket.MSG_PEEK):
+                raise ConnectionAbortedError("the client went away")
+            time.sleep(seconds)  # its next request is there already: its leaving is not seen
+        except (BlockingIOError, TimeoutError):
+            pass
+        finally:
+            self.connection.settimeout(None)
 
 
-class Server(ThreadingHTTPServer):
-    """Listens, counts connections, and keeps the records of the last 100 requests."""
+class Server(socketserver.ThreadingTCPServer):
+    """Not an HTTPServer: that looks its host's name up, which takes 35 s where DNS is bad."""
 
+    allow_reuse_address = daemon_threads = True
     request_queue_size = 1024  # with the stock 5, clients that come together wait for a second
-    connection_numbers = itertools.count(1)
     records = collections.deque(maxlen=100)
 
-    def server_bind(self):
-        """Bind without HTTPServer's look-up of the host's name: bad DNS makes it take 35 s."""
-        socketserver.TCPServer.server_bind(self)
-
     def handle_error(self, request, client_address):
-        """A client that resets its connection is no news; anything else is a fault of ours."""
-        if not isinstance(sys.exception(), OSError):
+        if not isinstance(sys.exception(), OSError):  # a client's reset is no news
             super().handle_error(request, client_address)
-
-
-# ---- The command line ---------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")  # one line, without the usage
-
-
-def port(text):
-    if re.fullmatch("[0-9]{1,5}", text) and int(text) <= 65535:
-        return int(text)
-    raise Refused(f"{text!r} is no port: 0 to 65535 (MOCK_PORT)")
 
 
 def main():
     """Serve until SIGINT or SIGTERM, then exit with 0."""
-    parser = Parser(prog="mock_backend.py", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag, kind, default, what in (
-            ("port", port, "8081", "where to listen; 0: a free port"),
+            ("port", int, "8081", "where to listen; 0: a free port"),
             ("host", str, "127.0.0.1", "the address to listen on"),
             ("model", str, "mock", "the models that it lists, separated by commas"),
-            ("misbehave", parse_misbehaviour, "", "what X-Mock says where a request has none")):
+            ("misbehave", misbehaviour, "", "what X-Mock says where a request has none")):
         variable = f"MOCK_{flag.upper()}"
         # A default that is a string goes through the same parser as the flag's value.
         parser.add_argument(f"--{flag}", type=kind, default=os.environ.get(variable) or default,
                             help=f"{what} ({variable}; default: {default or 'nothing'})")
     asked = parser.parse_args()
-    models = [name.strip() for name in asked.model.split(",")]
     try:
         server = Server((asked.host, asked.port), Handler)
-    except (OSError, UnicodeError) as problem:
+    except (OSError, OverflowError) as problem:
         sys.exit(f"{parser.prog}: cannot listen on {asked.host}:{asked.port}: {problem}")
-    server.models, server.misbehaviour = models, asked.misbehave
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):  # shells start jobs with SIGINT ignored
-            signal.signal(number, signal.default_int_handler)
-        print(f"mock backend on http://{asked.host}:{server.server_address[1]} "
-              f"(models: {', '.join(models)}); Ctrl-C stops", file=sys.stderr, flush=True)
-        server.serve_forever()
-    except KeyboardInterrupt:
-        os._exit(0)  # an ordinary exit aborts where a thread is just writing its log line
+    server.models, server.misbehaviour = asked.model.split(","), asked.misbehave
+    for number in (signal.SIGINT, signal.SIGTERM):  # shells start jobs with SIGINT ignored
+        # No ordinary exit: that aborts where a thread is just writing its log line.
+        signal.signal(number, lambda *_: os._exit(0))
+    print(f"mock backend on http://{asked.host}:{server.server_address[1]} "
+          f"(models: {asked.model}); Ctrl-C stops", file=sys.stderr, flush=True)
+    server.serve_forever()
 
 
 if __name__ == "__main__":

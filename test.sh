@@ -204,6 +204,7 @@ else
     run suite 0/2 || failed=1
     wait "$half" || failed=1
     cat "$work/half"
+    [ $failed = 0 ] && echo "ok 4 the suite" || echo "FAILED: see the lines above that begin so"
     exit $failed
 fi
 echo "pytest suite not run: $problem"

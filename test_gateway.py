@@ -2842,7 +2842,7 @@ def test_a_backend_that_fails_is_skipped_until_its_back_off_ends(case, clock, lo
         (url, state), = changes(log)
         bad, good = sorted(backends, key=lambda backend: backend.url != url)
         assert (state, counts([bad, good])) == ("down", [1, others])
-        assert [line for line in log if re.search(r"is down: .+; skipped for 1(\.0)? s$", line)]
+        assert [line for line in log if re.search(r"is down: .+; others come first for 1 s$", line)]
         assert chats(port, 6) == {200} and counts([bad, good]) == [1, others + 6]
         assert [states(port)[backend.url]["up"] for backend in (bad, good)] == [False, True]
         clock.now += 1.1
@@ -4191,13 +4191,16 @@ def test_each_worker_keeps_to_one_processor_unless_it_is_told_not_to():
 def test_workers_share_connections_that_come_at_once_and_one_that_hangs_holds_up_none():
     with Process("--port=0", "--workers=2") as process, contextlib.ExitStack() as stack:
         pids = workers_of(process)
-        clients = [stack.enter_context(Client(process.port)) for _ in range(60)]
-        for client in clients:
-            client.send(request("GET", "/healthz"))
-        assert all(client.reply().status == 200 for client in clients)
-        threads = [len(os.listdir(f"/proc/{pid}/task")) for pid in pids]
-        assert min(threads) >= 15, threads  # one for each connection, and some of the process
-        with held(pids[0]):  # it has no fewer connections than it had: the other one takes all
+        def are_shared():
+            with contextlib.ExitStack() as stack:
+                clients = [stack.enter_context(Client(process.port)) for _ in range(60)]
+                for client in clients:
+                    client.send(request("GET", "/healthz"))
+                assert all(client.reply().status == 200 for client in clients)
+                # One for each connection, and some of the process.
+                return min(len(os.listdir(f"/proc/{pid}/task")) for pid in pids) >= 15
+        eventually(are_shared)  # a busy machine may let one of them wait for a processor
+        with held(pids[0]):  # the other one takes all
             clients = [stack.enter_context(Client(process.port)) for _ in range(40)]
             for client in clients:
                 assert client.send(request("GET", "/healthz")).reply().status == 200
