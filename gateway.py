@@ -127,11 +127,13 @@ def backend_url(text):
     """Parse a backend's address to its base, to which a client's path, /v1/..., is appended."""
     match = re.fullmatch(r"(https?://(?:[\w.-]*\w\.?|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?)"
                          r"(/[!-\"$->A-~]*)?", text, re.ASCII | re.IGNORECASE)
-    if not (match and 0 < int(match[2] or 80) < 65_536):
-        raise refused("an address begins with http:// or https://, as in http://127.0.0.1:8000 or"
-                      " https://host/v1, and has no user, password, query or fragment; separate"
-                      " several by commas")
-    return match[1] + (match[3] or "").rstrip("/").removesuffix("/v1").rstrip("/")
+    with suppress(ValueError):  # of an address in brackets that is none
+        urllib.parse.urlsplit(text)
+        if match and 0 < int(match[2] or 80) < 65_536:
+            return match[1] + (match[3] or "").rstrip("/").removesuffix("/v1").rstrip("/")
+    raise refused("an address begins with http:// or https://, as in http://127.0.0.1:8000 or"
+                  " https://host/v1, and has no user, password, query or fragment; separate several"
+                  " by commas")
 
 
 def origin(text):
@@ -448,7 +450,7 @@ EMPTY_LINES = re.compile(rb"(?:\r\n)*+")
 TRAILERS = re.compile(rb"(?:%b:%b\r\n)*+\r\n" % (TOKEN, VALUE))
 CHUNK_BEGUN = (re.compile(rb"(?:\r(?:\n(?:[0-9A-Fa-f]{1,15}(?:[ \t]*(?:;%b)?)?\r?)?)?)?" % VALUE),
                re.compile(rb"(?:%b:%b\r\n)*+(?:%b(?::%b)?)?\r?" % (TOKEN, VALUE, TOKEN, VALUE)))
-LAST_EVENT = re.compile(rb"(?:^|[\r\n])data: ?\[DONE\]")
+LAST_EVENT = re.compile(rb"[\r\n]data: ?\[DONE\]")
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 TRACE = re.compile(rb"(?!ff|00.{54})[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}"
                    rb"-[0-9a-f]{2}(?:-.*)?")  # W3C Trace Context, 3.2.2
@@ -988,6 +990,15 @@ def set_timeouts(sock, receive, send):
             "@ll", whole, int((limit - whole) * 1e6) or not whole))  # 0 would mean for ever
 
 
+def a_descriptor_is_left():
+    """Tell whether a file could be opened: the look-up of a name does not say so if not."""
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        return False
+    return True
+
+
 @lru_cache(256)
 def proxy_for(scheme, host):
     """Return the environment's proxy for this host as a SplitResult, or None; none for loopback.
@@ -1047,8 +1058,8 @@ class Link:
     def send(self, head, body):
         """Send a request; raises BackendTimeout.
 
-        A send that breaks off may hide an answer that is there already, such as a 413 and a close;
-        so what became of it is for receive() to find out.
+        A send that breaks off may hide an answer that is there already, such as a 413, with or
+        without a close; so what became of it is for receive() to find out.
         """
         try:
             if len(body) > RECEIVE_BYTES:  # to copy it would cost more than another call
@@ -1056,7 +1067,8 @@ class Link:
                 head = b""
             self.sock.sendall(head + body)
         except (TimeoutError, BlockingIOError):
-            raise BackendTimeout from None
+            if not self.is_readable():
+                raise BackendTimeout from None
         except OSError:
             pass
 
@@ -1085,7 +1097,10 @@ class Response:
         minor, self.status, self.reason = status_line
         self.index, self.lines, self._pool, self._request = index, lines, pool, request
         self.length = length = response_length(request.method, self.status, index, minor)
-        self._persistent = is_persistent(index.get(b"connection", b""), minor)
+        # Some send the body that a response to HEAD only announces: it must not be the next one's.
+        self._persistent = is_persistent(index.get(b"connection", b""), minor) and (
+            length or index.get(b"content-length", b"0") == b"0"
+            and b"transfer-encoding" not in index)
         self.deadline = float("inf")
         self.whole, self.rest = 0 <= length <= len(rest), rest
         if self.whole:
@@ -1151,7 +1166,10 @@ class Pool(urllib.request.BaseHandler):
     """
 
     def __init__(self, settings):
-        self._settings, self._tls = settings, None
+        self._settings = settings
+        # Made at the start: without a descriptor left, one would silently trust nobody, for ever.
+        self._tls = ssl.create_default_context() if any(  # honours SSL_CERT_FILE
+            url.lower().startswith("https") for url in settings.backend_url) else None
         self._lock, self._idle = threading.Lock(), defaultdict(list)
         self._dropped = NOT_RETURNED | CORS_FIELDS if settings.cors_origins else NOT_RETURNED
 
@@ -1224,7 +1242,6 @@ class Pool(urllib.request.BaseHandler):
                 login = {"Proxy-Authorization": f"Basic {b64encode(words.encode()).decode()}"}
             address = proxy.netloc.rpartition("@")[2] if proxy else request.host
             if request.type == "https":
-                self._tls = self._tls or ssl.create_default_context()  # honours SSL_CERT_FILE
                 connection = http.client.HTTPSConnection(
                     address, timeout=limits.connect_timeout, context=self._tls)
                 if proxy:
@@ -1233,7 +1250,8 @@ class Pool(urllib.request.BaseHandler):
                 connection = http.client.HTTPConnection(address, timeout=limits.connect_timeout)
             connection.connect()
         except (OSError, http.client.HTTPException, ValueError) as error:
-            if getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE):  # not its fault
+            if getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE) or (  # not its fault
+                    isinstance(error, socket.gaierror) and not a_descriptor_is_left()):
                 raise APIError(503, "too_many_connections", "the gateway has no descriptor left;"
                                " try again, or raise its limit (ulimit -n)",
                                headers=(b"Retry-After: 1",)) from None
@@ -1315,6 +1333,17 @@ class Backend:
         """Return what /readyz tells of it."""
         return {"url": self.url, "up": self.up, "in_flight": self.in_flight,
                 "models": None if self.models is None else list(self.models)}
+
+
+def model_cards(body):
+    """Return the cards of a list of models by id, in OpenAI's shape; None if it is no such list."""
+    try:
+        cards = {card["id"]: {"id": card["id"], "object": "model", "created": 0,
+                              "owned_by": "backend"} | card for card in parse_json(body)["data"]}
+        json.dumps(cards, allow_nan=False)  # 1e999 is parsed to what is no JSON
+    except (APIError, KeyError, TypeError, ValueError, RecursionError):
+        return None
+    return cards
 
 
 class Backends:
@@ -1484,12 +1513,7 @@ class Backends:
             if answer.status in BUSY:
                 loop = ": is it this gateway?" if answer.status == 508 else ""
                 return self.failed(backend, f"it answered {answer.status} to a probe{loop}", True)
-            models = None
-            with suppress(APIError, AttributeError, KeyError, TypeError):  # it is no such list
-                if answer.status == 200:
-                    models = {card["id"]: {"id": card["id"], "object": "model", "created": 0,
-                                           "owned_by": "backend"} | card
-                              for card in parse_json(answer.read())["data"]}
+            models = model_cards(answer.read()) if answer.status == 200 else None
             backend.models = backend.models if models is None else models
             if not (backend.held and time.monotonic() < backend.retry_at):
                 self.succeeded(backend)
@@ -1637,6 +1661,7 @@ class Handler(BaseHTTPRequestHandler):
         self.settings, self.connection = self.server.settings, self.request
         self.buffer, self.patience, self.record, self.forwarding = b"", 0, None, None
         self.idle, self.deaf, self.length, self.ids = False, False, 0, request_ids()
+        self.idle_since = time.monotonic()
         self.server.connections[self.connection] = self
         with suppress(OSError):  # it may be reset already
             self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -1709,7 +1734,8 @@ class Handler(BaseHTTPRequestHandler):
 
         Silence is answered with silence: by closing.
         """
-        deadline = time.monotonic() + self.settings.client_timeout
+        self.idle_since = time.monotonic()
+        deadline = self.idle_since + self.settings.client_timeout
         try:
             while True:
                 if self.buffer[:2] == b"\r\n":
@@ -2002,7 +2028,7 @@ class Handler(BaseHTTPRequestHandler):
         self.at_boundary = True
         unproven = response.length == UNTIL_CLOSE  # only [DONE] tells that such a one is whole
         for piece in response.pieces():
-            piece = tail + piece
+            piece, line_begins = tail + piece, self.at_boundary
             end = events_end(piece)
             self.at_boundary = end > 0 or self.at_boundary and len(piece) <= MAX_EVENT_BYTES
             if not self.at_boundary:
@@ -2015,9 +2041,9 @@ class Handler(BaseHTTPRequestHandler):
                 self.write_piece(last)
                 if b'_tokens"' in last and USAGE.search(last):
                     usage = last
-                if unproven and LAST_EVENT.search(last):
+                if unproven and LAST_EVENT.search(b"\n" + last if line_begins else last):
                     unproven = False
-        if unproven and not LAST_EVENT.search(tail) and (
+        if unproven and not LAST_EVENT.search(b"\n" + tail if self.at_boundary else tail) and (
                 tail or self.record.path in PARSED and response.status == 200):
             raise Broken("closed the connection before the end of its event stream")
         if tail:
@@ -2134,8 +2160,8 @@ class Handler(BaseHTTPRequestHandler):
 SWEEP_SECONDS = 0.1     # a vanished client's backend is stopped within about this
 MAX_ACCEPTS = 256       # connections that are accepted before other duties are looked after
 YIELD_SECONDS = 0.0005  # for another worker to accept a connection
-PARTING_SECONDS = 1     # a refused connection stays open so long, for its 503 to arrive
-STACK_BYTES = 2 << 20   # of a thread: with 1 MiB or less, deeply nested JSON kills the process
+PARTING_SECONDS = 1     # for a 503 to arrive, and for the last request of a kept connection
+STACK_BYTES = 4 << 20   # of a thread: with 2 MiB, to write deeply nested JSON kills the process
 
 
 class Admission:
@@ -2356,18 +2382,21 @@ class Server(ThreadingHTTPServer):
         return (200 if status == "ready" else 503,
                 {"status": status, "backends": [backend.state() for backend in backends]})
 
-    def drain(self, patience):
+    def drain(self, patience, alone=False):
         """Stop listening and wait until the requests in flight have ended; tell whether they did.
 
         For DRAIN_DELAY all goes on, but /readyz says 503 and each reply `Connection: close`. Then
-        connections made before are still answered. Idle ones are closed; new ones a moment later,
-        for their request to arrive. `patience` is in seconds.
+        connections made before are still answered, and those that are idle for PARTING_SECONDS are
+        closed: the next request of one that was not told may be under way. `patience` is in
+        seconds; `alone` tells that other workers do not stop.
         """
         self.draining = True
         time.sleep(self.settings.drain_delay)
         began = time.monotonic()
         self.shutdown()
         try:
+            if self.settings.listen_fd is None and not alone:
+                ignore_connects(self.socket)  # those in its queue when it is closed are reset
             # With listen_fd, a successor accepts what is left.
             while self.settings.listen_fd is None and time.monotonic() < began + PARTING_SECONDS:
                 self.process_request(*self.get_request())
@@ -2375,15 +2404,26 @@ class Server(ThreadingHTTPServer):
             pass
         self.server_close()
         while self.connections and time.monotonic() < began + patience:
-            new = time.monotonic() < began + PARTING_SECONDS
+            before = time.monotonic() - PARTING_SECONDS
             for handler in list(self.connections.values()):
-                if handler and handler.idle and not (new and handler.record is None):
+                if handler and handler.idle and handler.idle_since < before:
                     handler.deaf = True  # to poll() this looks as if the client had left
                     with suppress(OSError):  # below any TLS; what has arrived can still be read
                         socket.socket.shutdown(handler.connection, socket.SHUT_RD)
             self.service_actions()
             time.sleep(SWEEP_SECONDS / 10)
         return not self.connections
+
+
+def ignore_connects(sock):
+    """Have Linux ignore who begins to connect; tries that are repeated find the socket closed.
+
+    It asks for more hops left than any packet from beyond a neighbour has (RFC 5082).
+    """
+    if sys.platform == "linux":
+        for level, option in ((socket.IPPROTO_IP, 21), (socket.IPPROTO_IPV6, 73)):
+            with suppress(OSError):  # IP_MINTTL, IPV6_MINHOPCOUNT
+                sock.setsockopt(level, option, 255)
 
 
 def hung_up(descriptors):
@@ -2409,6 +2449,7 @@ def hung_up(descriptors):
 # keeps to one processor.
 
 STOP = {signal.SIGTERM, signal.SIGINT}
+STOP_ALL = signal.SIGINT  # what a supervisor sends to its workers, as a terminal's Ctrl-C does
 CAN_WAIT = hasattr(signal, "sigwait")  # not on Windows: there Ctrl-C raises KeyboardInterrupt
 DRAINING = "draining: requests in flight may finish; a second signal ends them at once"
 
@@ -2462,8 +2503,9 @@ def work(server):
     if server.settings.cpu_affinity:  # the process id: so that not all gateways take the first
         bind_to_processor((server.supervisor or os.getpid()) + server.number)
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    signum = None
     with suppress(KeyboardInterrupt):
-        while CAN_WAIT and signal.sigwait(awaited(server.settings)) not in STOP:
+        while CAN_WAIT and (signum := signal.sigwait(awaited(server.settings))) not in STOP:
             reload(server)
         if not CAN_WAIT:
             threading.Event().wait()
@@ -2471,7 +2513,8 @@ def work(server):
         note(server.settings, DRAINING)
         if CAN_WAIT:
             start_new_thread(end_at_once, ())
-    if not server.drain(server.settings.shutdown_timeout):
+    alone = server.supervisor and signum != STOP_ALL
+    if not server.drain(server.settings.shutdown_timeout, alone):
         note(server.settings,
              f"{len(server.connections)} connections were cut off; SHUTDOWN_TIMEOUT")
     return 0
@@ -2545,7 +2588,7 @@ def supervise(server):
             at_once = told or not signum
             note(settings, "stopped at once" if at_once else DRAINING)
             status = status or (128 + signum if told and signum else 0)
-            deadline, told = stop(signal.SIGKILL if at_once else signal.SIGTERM), told + 1
+            deadline, told = stop(signal.SIGKILL if at_once else STOP_ALL), told + 1
         elif signum and signum != signal.SIGCHLD:
             reload(server)  # for those that are started later
             for pid in workers:
@@ -2553,7 +2596,7 @@ def supervise(server):
         for number, age, fate in reap(workers):
             if not deadline and age < 1:
                 note(settings, f"{fate} within a second of its start: the service stops")
-                status, deadline = 3, stop(signal.SIGTERM)
+                status, deadline = 3, stop(STOP_ALL)
             elif not deadline:
                 owed.append((number, fate))
     return status
