@@ -380,6 +380,10 @@ class Broken(APIError):
         super().__init__(502, "backend_error", f"the backend {what}; its own log may say why")
 
 
+class TooLong(Broken):
+    """The backend sent more than is held of a response."""
+
+
 class NoAnswer(Broken):
     """The backend closed the connection before the first byte of its response."""
 
@@ -838,6 +842,7 @@ class Record:
 
     LOGGED = ("time", "request_id", "trace_id", "client", "key", "method", "path", "status",
               "model", "backend", "stream", "bytes", "first_byte_ms", "duration_ms", "outcome")
+
     def __init__(self, client):
         self.began, self.client = time.monotonic(), client
         self.request_id = ""  # none is known yet; "-" would be a valid one
@@ -868,8 +873,9 @@ class Metrics:
 
     For a family and the values of its labels, `places` tells where in a row its number stands, or
     its histogram: the sum, and behind it the count of each bucket. All series there can be have
-    their place from the start. Invariant: a worker writes to `row`, its own, alone, under `lock`;
-    any reads all. Who takes a dead worker's place goes on in its row: no counter goes back.
+    their place from the start. Invariant: a worker writes to `row`, its own, alone, and counts
+    under `lock`; any reads all. Who takes a dead worker's place goes on in its row: no counter
+    goes back.
     """
 
     def __init__(self, workers, backends):
@@ -1046,11 +1052,13 @@ class BackendRequest(urllib.request.Request):
 class Link:
     """One connection to a backend: `key` is its scheme and host.
 
-    `proxy_fields` is None, or what a request adds for the http proxy at the other end.
+    `proxy_fields` is None, or what a request adds for the http proxy at the other end. `half_sent`
+    tells that a request broke off: whatever follows would be taken for the rest of it.
     """
 
     def __init__(self, sock, key, proxy_fields):
         self.sock, self.key, self.proxy_fields, self.idle_since = sock, key, proxy_fields, 0.0
+        self.half_sent = False
         self._poller = select.poll() if hasattr(select, "poll") else None
         if self._poller:
             self._poller.register(sock, select.POLLIN)
@@ -1067,10 +1075,12 @@ class Link:
                 head = b""
             self.sock.sendall(head + body)
         except (TimeoutError, BlockingIOError):
-            if not self.is_readable():
+            # Of TLS, there may be more to read than answers.
+            if isinstance(self.sock, ssl.SSLSocket) or not self.is_readable():
                 raise BackendTimeout from None
+            self.half_sent = True
         except OSError:
-            pass
+            self.half_sent = True
 
     def receive(self):
         """Return the next bytes, b"" at their end, None where the connection broke."""
@@ -1098,7 +1108,8 @@ class Response:
         self.index, self.lines, self._pool, self._request = index, lines, pool, request
         self.length = length = response_length(request.method, self.status, index, minor)
         # Some send the body that a response to HEAD only announces: it must not be the next one's.
-        self._persistent = is_persistent(index.get(b"connection", b""), minor) and (
+        self._persistent = not request.link.half_sent and (
+            is_persistent(index.get(b"connection", b""), minor)) and (
             length or index.get(b"content-length", b"0") == b"0"
             and b"transfer-encoding" not in index)
         self.deadline = float("inf")
@@ -1119,7 +1130,7 @@ class Response:
                 pieces.append(piece)
                 size += len(piece)
                 if size > MAX_HELD_BYTES or time.monotonic() > self.deadline:
-                    raise Broken("sent a body that is too long, or comes too slowly")
+                    raise TooLong("sent a body that is too long, or comes too slowly")
             self.whole, self.rest = True, b"".join(pieces)
             self.length = len(self.rest)
         return self.rest
@@ -1340,7 +1351,8 @@ def model_cards(body):
     try:
         cards = {card["id"]: {"id": card["id"], "object": "model", "created": 0,
                               "owned_by": "backend"} | card for card in parse_json(body)["data"]}
-        json.dumps(cards, allow_nan=False)  # 1e999 is parsed to what is no JSON
+        # 1e999 is parsed to what is no JSON; and a reply has further levels around the cards.
+        json.dumps([[[[cards]]]], allow_nan=False)
     except (APIError, KeyError, TypeError, ValueError, RecursionError):
         return None
     return cards
@@ -1470,8 +1482,8 @@ class Backends:
             backend.retry_at = max(backend.retry_at, now + wait)
             backend.probe_at = min(backend.probe_at, backend.retry_at)
         if was_up:
-            note(self.settings, f"backend {backend.url} is down: {why};"
-                 f" others come first for {wait or 1} s")
+            rest = f"; others come first for {wait or 1} s" if len(self.all) > 1 else ""
+            note(self.settings, f"backend {backend.url} is down: {why}{rest}")
 
     def succeeded(self, backend):
         """The backend answers: it is up."""
@@ -1513,7 +1525,10 @@ class Backends:
             if answer.status in BUSY:
                 loop = ": is it this gateway?" if answer.status == 508 else ""
                 return self.failed(backend, f"it answered {answer.status} to a probe{loop}", True)
-            models = model_cards(answer.read()) if answer.status == 200 else None
+            models = None
+            if answer.status == 200:
+                with suppress(TooLong):
+                    models = model_cards(answer.read())
             backend.models = backend.models if models is None else models
             if not (backend.held and time.monotonic() < backend.retry_at):
                 self.succeeded(backend)
@@ -2027,8 +2042,9 @@ class Handler(BaseHTTPRequestHandler):
         usage = last = tail = b""
         self.at_boundary = True
         unproven = response.length == UNTIL_CLOSE  # only [DONE] tells that such a one is whole
+        line_begins = True
         for piece in response.pieces():
-            piece, line_begins = tail + piece, self.at_boundary
+            piece = tail + piece
             end = events_end(piece)
             self.at_boundary = end > 0 or self.at_boundary and len(piece) <= MAX_EVENT_BYTES
             if not self.at_boundary:
@@ -2041,9 +2057,10 @@ class Handler(BaseHTTPRequestHandler):
                 self.write_piece(last)
                 if b'_tokens"' in last and USAGE.search(last):
                     usage = last
-                if unproven and LAST_EVENT.search(b"\n" + last if line_begins else last):
-                    unproven = False
-        if unproven and not LAST_EVENT.search(b"\n" + tail if self.at_boundary else tail) and (
+                if unproven:
+                    unproven = not LAST_EVENT.search(b"\n" + last if line_begins else last)
+                    line_begins = last[-1] in b"\r\n"
+        if unproven and not LAST_EVENT.search(b"\n" + tail if line_begins else tail) and (
                 tail or self.record.path in PARSED and response.status == 200):
             raise Broken("closed the connection before the end of its event stream")
         if tail:
@@ -2160,7 +2177,7 @@ class Handler(BaseHTTPRequestHandler):
 SWEEP_SECONDS = 0.1     # a vanished client's backend is stopped within about this
 MAX_ACCEPTS = 256       # connections that are accepted before other duties are looked after
 YIELD_SECONDS = 0.0005  # for another worker to accept a connection
-PARTING_SECONDS = 1     # for a 503 to arrive, and for the last request of a kept connection
+PARTING_SECONDS = 1     # for a 503 to arrive, a kept connection's last request, the first probes
 STACK_BYTES = 4 << 20   # of a thread: with 2 MiB, to write deeply nested JSON kills the process
 
 
@@ -2212,7 +2229,8 @@ class Server(ThreadingHTTPServer):
     """The listening socket, and the connections: a dict of socket to Handler (None at first).
 
     It is made before any worker is forked: they share the socket, the metrics and the keys, and
-    `loads`, the number of connections that each has; `number` is this worker's.
+    `loads`, the number of connections that each has; `number` is this worker's. `all_stop` becomes
+    1 when all of them are told to stop.
     """
 
     request_queue_size = 4096  # the stock backlog of 5 loses connections in any burst
@@ -2223,6 +2241,7 @@ class Server(ThreadingHTTPServer):
         self.metrics = Metrics(settings.workers, settings.backend_url)
         self.supervisor, self.number = None, 0
         self.loads = memoryview(mmap.mmap(-1, 8 * settings.workers)).cast("q")
+        self.all_stop = mmap.mmap(-1, 1)
         self.backends = Backends(settings) if settings.backend_url else None
         self.admission = Admission(settings.max_concurrent_requests, settings.queue_timeout)
         self.paths = OWN_PATHS if self.backends else OWN_PATHS | ECHO_PATHS
@@ -2288,6 +2307,8 @@ class Server(ThreadingHTTPServer):
                     time.sleep(SWEEP_SECONDS)
                 raise
             request.setblocking(True)  # BSDs pass the listener's mode on
+            if self.draining:
+                require_hops(request, 0)  # and Linux this
             if left:
                 try:
                     self.process_request(request, address)
@@ -2382,21 +2403,21 @@ class Server(ThreadingHTTPServer):
         return (200 if status == "ready" else 503,
                 {"status": status, "backends": [backend.state() for backend in backends]})
 
-    def drain(self, patience, alone=False):
+    def drain(self, patience):
         """Stop listening and wait until the requests in flight have ended; tell whether they did.
 
         For DRAIN_DELAY all goes on, but /readyz says 503 and each reply `Connection: close`. Then
         connections made before are still answered, and those that are idle for PARTING_SECONDS are
         closed: the next request of one that was not told may be under way. `patience` is in
-        seconds; `alone` tells that other workers do not stop.
+        seconds.
         """
         self.draining = True
         time.sleep(self.settings.drain_delay)
         began = time.monotonic()
         self.shutdown()
         try:
-            if self.settings.listen_fd is None and not alone:
-                ignore_connects(self.socket)  # those in its queue when it is closed are reset
+            if self.settings.listen_fd is None and (self.all_stop[0] or not self.supervisor):
+                require_hops(self.socket, 255)  # what is in its queue when it closes is reset
             # With listen_fd, a successor accepts what is left.
             while self.settings.listen_fd is None and time.monotonic() < began + PARTING_SECONDS:
                 self.process_request(*self.get_request())
@@ -2404,7 +2425,7 @@ class Server(ThreadingHTTPServer):
             pass
         self.server_close()
         while self.connections and time.monotonic() < began + patience:
-            before = time.monotonic() - PARTING_SECONDS
+            before = time.monotonic() - min(PARTING_SECONDS, patience / 2)
             for handler in list(self.connections.values()):
                 if handler and handler.idle and handler.idle_since < before:
                     handler.deaf = True  # to poll() this looks as if the client had left
@@ -2415,15 +2436,16 @@ class Server(ThreadingHTTPServer):
         return not self.connections
 
 
-def ignore_connects(sock):
-    """Have Linux ignore who begins to connect; tries that are repeated find the socket closed.
+def require_hops(sock, hops):
+    """Have Linux drop what comes to a socket with fewer hops left (RFC 5082), as if it were lost.
 
-    It asks for more hops left than any packet from beyond a neighbour has (RFC 5082).
+    255 is more than any packet has but a neighbour's: nobody can connect any more. Tries are
+    repeated, and then find the socket closed. A connection takes this over from its listener.
     """
     if sys.platform == "linux":
         for level, option in ((socket.IPPROTO_IP, 21), (socket.IPPROTO_IPV6, 73)):
             with suppress(OSError):  # IP_MINTTL, IPV6_MINHOPCOUNT
-                sock.setsockopt(level, option, 255)
+                sock.setsockopt(level, option, hops)
 
 
 def hung_up(descriptors):
@@ -2449,7 +2471,6 @@ def hung_up(descriptors):
 # keeps to one processor.
 
 STOP = {signal.SIGTERM, signal.SIGINT}
-STOP_ALL = signal.SIGINT  # what a supervisor sends to its workers, as a terminal's Ctrl-C does
 CAN_WAIT = hasattr(signal, "sigwait")  # not on Windows: there Ctrl-C raises KeyboardInterrupt
 DRAINING = "draining: requests in flight may finish; a second signal ends them at once"
 
@@ -2503,9 +2524,8 @@ def work(server):
     if server.settings.cpu_affinity:  # the process id: so that not all gateways take the first
         bind_to_processor((server.supervisor or os.getpid()) + server.number)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    signum = None
     with suppress(KeyboardInterrupt):
-        while CAN_WAIT and (signum := signal.sigwait(awaited(server.settings))) not in STOP:
+        while CAN_WAIT and signal.sigwait(awaited(server.settings)) not in STOP:
             reload(server)
         if not CAN_WAIT:
             threading.Event().wait()
@@ -2513,8 +2533,7 @@ def work(server):
         note(server.settings, DRAINING)
         if CAN_WAIT:
             start_new_thread(end_at_once, ())
-    alone = server.supervisor and signum != STOP_ALL
-    if not server.drain(server.settings.shutdown_timeout, alone):
+    if not server.drain(server.settings.shutdown_timeout):
         note(server.settings,
              f"{len(server.connections)} connections were cut off; SHUTDOWN_TIMEOUT")
     return 0
@@ -2575,6 +2594,7 @@ def supervise(server):
     signals, server.supervisor = awaited(settings) | {signal.SIGCHLD}, os.getpid()
 
     def stop(signum):
+        server.all_stop[0] = 1
         server.server_close()
         owed.clear()
         for pid in workers:
@@ -2588,7 +2608,7 @@ def supervise(server):
             at_once = told or not signum
             note(settings, "stopped at once" if at_once else DRAINING)
             status = status or (128 + signum if told and signum else 0)
-            deadline, told = stop(signal.SIGKILL if at_once else STOP_ALL), told + 1
+            deadline, told = stop(signal.SIGKILL if at_once else signal.SIGTERM), told + 1
         elif signum and signum != signal.SIGCHLD:
             reload(server)  # for those that are started later
             for pid in workers:
@@ -2596,7 +2616,7 @@ def supervise(server):
         for number, age, fate in reap(workers):
             if not deadline and age < 1:
                 note(settings, f"{fate} within a second of its start: the service stops")
-                status, deadline = 3, stop(STOP_ALL)
+                status, deadline = 3, stop(signal.SIGTERM)
             elif not deadline:
                 owed.append((number, fate))
     return status

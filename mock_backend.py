@@ -238,7 +238,8 @@ def main():
         server = Server((asked.host, asked.port), Handler)
     except (OSError, OverflowError) as problem:
         sys.exit(f"{parser.prog}: cannot listen on {asked.host}:{asked.port}: {problem}")
-    server.models, server.misbehaviour = asked.model.split(","), asked.misbehave
+    server.models = [name.strip() for name in asked.model.split(",")]
+    server.misbehaviour = asked.misbehave
     for number in (signal.SIGINT, signal.SIGTERM):  # shells start jobs with SIGINT ignored
         # No ordinary exit: that aborts where a thread is just writing its log line.
         signal.signal(number, lambda *_: os._exit(0))

@@ -204,7 +204,7 @@ else
     run suite 0/2 || failed=1
     wait "$half" || failed=1
     cat "$work/half"
-    [ $failed = 0 ] && echo "ok 4 the suite" || echo "FAILED: see the lines above that begin so"
+    [ $failed = 0 ] && echo "ok 4 the suite" || echo "FAILED: the suite; see FAILED or ERROR above"
     exit $failed
 fi
 echo "pytest suite not run: $problem"

@@ -4675,15 +4675,19 @@ def test_text_within_a_long_event_is_no_end_of_its_stream():
         assert client.reply().cut
 
 
-def test_an_answer_that_came_before_the_request_was_sent_whole_arrives():
-    """Its backend neither reads on nor closes."""
+def test_an_answer_that_came_before_the_request_was_sent_whole_arrives_and_is_the_links_last():
+    """Its backend neither reads on nor closes; the next request would be in the middle of a body."""
     go = threading.Event()
     def script(played, number):
+        if number > 1:
+            return answers(response())(played, number)
         played.socket.recv(1000)
         played.send(response(b"", "413 Too large"))
         assert go.wait(SECONDS)
-    with forward(script, backend_timeout=1) as (port, _):
-        assert ask(port, "POST", FILES, b"x" * 20_000_000).status == 413
+    with forward(script, backend_timeout=1) as (port, backend), Client(port) as client:
+        assert client.send(request("POST", FILES, b"x" * 20_000_000)).reply().status == 413
+        assert client.send(request("GET", FILES)).reply().status == 200
+        assert backend.connections == 2
         go.set()
 
 
@@ -4693,11 +4697,48 @@ def test_a_backend_whose_list_of_models_is_cut_short_is_down():
         eventually(lambda: states(port, "up") == [(False,)])
 
 
+def test_a_list_of_models_that_is_too_long_is_unknown_and_its_backend_up():
+    with several(plays(listed=models("m" * (5 << 20))), probe_interval=600) as (port, _):
+        assert states(port, "up", "models") == [(True, None)]
+
+
+def test_done_behind_a_long_event_whose_end_came_in_two_ends_its_stream():
+    go = threading.Semaphore(0)
+    def script(played, number):
+        played.request()
+        played.send(OK_HEAD[:-2] + b"Content-Type: text/event-stream\r\n\r\ndata: ")
+        for piece in (b"x" * 400_000 + b"\n", b"\n", DONE):
+            played.send(piece)
+            assert go.acquire(timeout=SECONDS)
+    with forward(script) as (port, _), Client(port) as client:
+        client.send(request(body=STREAM))
+        while client.buffer.count(b"x") < 400_000 or not client.buffer.endswith(b"\n\r\n"):
+            assert client.more()
+        go.release()
+        wait_for(client, b"\r\n1\r\n\n\r\n")
+        go.release()
+        wait_for(client, DONE)
+        go.release()
+        reply = client.reply()
+        assert not reply.cut and reply.body.endswith(b"x\n\n" + DONE)
+
+
 def test_a_number_in_a_list_of_models_that_no_json_can_bear_is_not_passed_on():
     script = plays(listed=response(b'{"data": [{"id": "m", "created": 1e999}]}'))
     with several(script, script, probe_interval=600) as (port, *backends):
         assert states(port, "models") == [(None,)] * 2
         assert b"1e999" in ask(port, "GET", "/v1/models").body  # a backend's own answer
+
+
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_a_worker_that_is_told_to_stop_alone_is_replaced_and_others_go_on(number):
+    with Process("--port=0", "--workers=2") as process:
+        told = workers_of(process)[0]
+        kill(told, number)
+        eventually(lambda: f"(pid {told}) ended with 0; pid" in process.log)
+        for _ in range(5):
+            assert ask(process.port, "GET", "/healthz").status == 200
+        assert ends(process) == (0, True)
 
 
 @pytest.mark.parametrize("workers", ("1", "2"))
