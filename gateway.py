@@ -72,11 +72,7 @@ if sys.version_info < (3, 13):
 
 # "abc==" has no name; "name=" would be a key that is easily guessed, where a variable was empty.
 KEY = re.compile(r"(?![A-Za-z0-9_.-]+=$)(?:([A-Za-z0-9_.-]{1,64})=(?==*[^=]))?([!-~]+)")
-
-
-def refused(message):
-    """Return the error of a parser: argparse puts the setting's name before it."""
-    return argparse.ArgumentTypeError(message)
+refused = argparse.ArgumentTypeError  # of a parser: argparse puts the setting's name before it
 
 
 def whole_number(low, high):
@@ -966,12 +962,13 @@ def sample(name, labels, values, value):
 # == 5. Backends ===================================================================================
 # Requests go out through urllib.request: a bare opener whose one handler, Pool, keeps connections
 # ("links") alive. So no redirect is followed, no field invented, no proxy used unasked. A link goes
-# back to the pool only at a message boundary: body read to its declared end, nothing behind it,
-# neither side said close; and it is used again only if nothing has come since. A request goes out
-# twice only if no backend can have seen it, or if repeating it changes nothing: to the same one if
-# a reused link ended before the first byte of an answer, and to one other if the first one failed.
-# So a request that crashes what it reaches takes down two backends at most. A backend that fails is
-# left alone for a time that doubles; a probe, or one request, then finds out whether it is back.
+# back to the pool only at a message boundary: request sent whole, body read to its declared end,
+# nothing behind it, neither side said close; and it is used again only if nothing has come since. A
+# request goes out twice only if no backend can have seen it, or if repeating it changes nothing: to
+# the same one if a reused link ended before the first byte of an answer, and to one other if the
+# first one failed. So a request that crashes what it reaches takes down two backends at most. A
+# backend that fails is left alone for a time that doubles; a probe, or one request, then finds out
+# whether it is back.
 
 IDLE_SECONDS = 4        # uvicorn, and so vLLM, closes an idle connection after 5
 RECEIVE_BYTES = 65_536  # one read; larger ones cost more to allocate than they save in calls
@@ -1108,10 +1105,10 @@ class Response:
         self.index, self.lines, self._pool, self._request = index, lines, pool, request
         self.length = length = response_length(request.method, self.status, index, minor)
         # Some send the body that a response to HEAD only announces: it must not be the next one's.
-        self._persistent = not request.link.half_sent and (
-            is_persistent(index.get(b"connection", b""), minor)) and (
-            length or index.get(b"content-length", b"0") == b"0"
-            and b"transfer-encoding" not in index)
+        owed = not length and (b"transfer-encoding" in index
+                               or index.get(b"content-length", b"0") != b"0")
+        self._persistent = not owed and not request.link.half_sent and is_persistent(
+            index.get(b"connection", b""), minor)
         self.deadline = float("inf")
         self.whole, self.rest = 0 <= length <= len(rest), rest
         if self.whole:
@@ -1669,7 +1666,8 @@ class Handler(BaseHTTPRequestHandler):
     """Serves one client's connection.
 
     Invariant: `buffer` holds what came and was not used; `forwarding` is the BackendRequest under
-    way, which Server.sweep cancels if the client has gone, unless we are `deaf` to that.
+    way, which Server.sweep cancels if the client has gone, unless we are `deaf` to that; `idle`
+    tells that it waits for a request, since `idle_since`.
     """
 
     def setup(self):
@@ -2245,7 +2243,7 @@ class Server(ThreadingHTTPServer):
         self.backends = Backends(settings) if settings.backend_url else None
         self.admission = Admission(settings.max_concurrent_requests, settings.queue_timeout)
         self.paths = OWN_PATHS if self.backends else OWN_PATHS | ECHO_PATHS
-        self.use(settings.secrets, settings.tls)
+        self.take_over(settings.secrets, settings.tls)
         self.date, self.next_sweep = b"", 0.0  # no sweep yet: its threads would not be forked
         if settings.listen_fd is None:
             self.address_family = socket.getaddrinfo(settings.host, settings.port, flags=(
@@ -2254,9 +2252,9 @@ class Server(ThreadingHTTPServer):
 
     def reload(self):
         """Read the keys and the certificate again; raises ValueError, and changes nothing."""
-        self.use(read_secrets(self.settings), make_tls(self.settings))
+        self.take_over(read_secrets(self.settings), make_tls(self.settings))
 
-    def use(self, secrets, tls):
+    def take_over(self, secrets, tls):
         """Take these keys and this certificate from here on."""
         (self.keys, backend_key), self.tls = secrets, tls
         self.scheme = b"https" if tls else b"http"
@@ -2324,13 +2322,12 @@ class Server(ThreadingHTTPServer):
         """
         if len(self.connections) < self.settings.max_connections:
             self.connections[request] = None
-            self.loads[self.number] = len(self.connections)
             try:
                 start_new_thread(self.process_request_thread, (request, client_address))
+                self.loads[self.number] = len(self.connections)
                 return
             except RuntimeError:  # the system has no thread left
                 self.connections.pop(request)
-                self.loads[self.number] = len(self.connections)
         body = APIError(503, "too_many_connections", "the gateway has no room for one more"
                         " connection; try again, or raise MAX_CONNECTIONS").body()
         head = (f"HTTP/1.1 503 Service Unavailable\r\n{self.date.decode()}\r\nRetry-After: 1\r\n"

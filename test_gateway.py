@@ -3087,6 +3087,44 @@ def test_readyz_is_200_while_a_backend_is_up_and_else_503(echo):
 # -- several backends: what it must show -----------------------------------------------------------
 
 
+def talk(port, stop):
+    """Ask the mock on one connection until it is to stop; return how often it answered."""
+    with Client(port) as client:
+        for number in itertools.count():
+            reply = client.send(request(
+                "POST", CHATS, CHAT, f"X-Request-ID: {ID}", "X-Mock: delay=0.03")).reply()
+            assert reply.status == 200 and says_mock(reply), (reply.status, reply.body)
+            if stop.is_set():
+                return number
+
+
+def listen(port, stop, name):
+    """Ask for one stream after the other until it is to stop; return the replies by their ids."""
+    replies = {}
+    while not stop.is_set():
+        identity = f"{name}-{len(replies)}"
+        replies[identity] = ask(port, "POST", CHATS, STREAM, f"X-Request-ID: {identity}",
+                                "X-Mock: tokens=20, interval=0.02")
+    return replies
+
+
+def is_streaming(port):
+    """Tell whether the mock on this port has a stream in flight."""
+    return any(record["outcome"] == "pending" and "stream" in record["body"]
+               for record in ask(port, "GET", "/mock/requests").json())
+
+
+def judge_stream(reply, record, victim):
+    """Assert that a stream is whole, or ends with an error event and was of the victim."""
+    *events, last = reply.events()
+    if reply.cut:
+        assert last["error"]["code"] == record["outcome"] == "backend_error"
+        assert record["backend"] == victim
+    else:
+        assert last == "[DONE]" and said(reply) == " ".join(["Mock"] * 20)
+    assert reply.status == 200 and (events or reply.cut)
+
+
 def test_a_backend_killed_again_and_again_under_load_costs_its_own_streams_alone():
     """No other request fails; a stream in flight on the victim ends with an error event."""
     with contextlib.ExitStack() as stack:
@@ -3101,39 +3139,18 @@ def test_a_backend_killed_again_and_again_under_load_costs_its_own_streams_alone
             PORT="0", BACKEND_URL=",".join(urls), PROBE_INTERVAL="0.2", LOG_FORMAT="json"))
         stop, port = threading.Event(), front.port
 
-        def talk():
-            with Client(port) as client:
-                for number in itertools.count():
-                    reply = client.send(request(
-                        "POST", CHATS, CHAT, f"X-Request-ID: {ID}", "X-Mock: delay=0.03")).reply()
-                    assert reply.status == 200 and says_mock(reply), (reply.status, reply.body)
-                    if stop.is_set():
-                        return number
-
-        def listen(name):
-            replies = {}
-            while not stop.is_set():
-                identity = f"{name}-{len(replies)}"
-                replies[identity] = ask(port, "POST", CHATS, STREAM, f"X-Request-ID: {identity}",
-                                        "X-Mock: tokens=20, interval=0.02")
-            return replies
-
-        def is_streaming():
-            return any(record["outcome"] == "pending" and "stream" in record["body"]
-                       for record in ask(ports[0], "GET", "/mock/requests").json())
-
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            talkers = [pool.submit(talk) for _ in range(4)]
-            listeners = [pool.submit(listen, name) for name in "abcd"]
+            talkers = [pool.submit(talk, port, stop) for _ in range(4)]
+            listeners = [pool.submit(listen, port, stop, name) for name in "abcd"]
             try:
                 for _ in range(4):
-                    eventually(is_streaming)
+                    eventually(lambda: is_streaming(ports[0]))
                     victim.process.kill()
                     victim.wait()
                     eventually(lambda: not states(port)[urls[0]]["up"])
                     assert ask(port, "GET", "/v1/models").json()["data"][0]["id"] == "mock"
                     victim = start(ports[0])
-                eventually(is_streaming)
+                eventually(lambda: is_streaming(ports[0]))
             finally:
                 stop.set()
         assert min(talker.result() for talker in talkers) > 10
@@ -3144,13 +3161,7 @@ def test_a_backend_killed_again_and_again_under_load_costs_its_own_streams_alone
         cut = {name for name, reply in streams.items() if reply.cut}
         assert 0 < len(cut) < len(streams)
         for name, reply in streams.items():
-            *events, last = reply.events()
-            if name in cut:
-                assert last["error"]["code"] == records[name]["outcome"] == "backend_error"
-                assert records[name]["backend"] == urls[0]
-            else:
-                assert last == "[DONE]" and said(reply) == " ".join(["Mock"] * 20)
-            assert reply.status == 200 and (events or name in cut)
+            judge_stream(reply, records[name], urls[0])
 
 
 # -- Keys ------------------------------------------------------------------------------------------
@@ -4442,36 +4453,43 @@ def activate(descriptor, *argv, pid="$$", **environ):
             {"LISTEN_FDS": "1"} | environ))
 
 
-def test_ten_gateways_one_after_the_other_on_one_socket_lose_no_request():
-    """The next one starts before the last one drains. A client that was told Connection: close
-    takes a new connection, as all of HTTP's clients do; and a stream outlives the restarts."""
-    over, go, done, lost = threading.Event(), threading.Event(), [0, 0], []
+def ask_until(over, port, kept, done, lost):
+    """Ask on one connection, or on one each, until it is over; count in `done`, note what fails."""
+    client = None
+    try:
+        while not over.wait(0.002):
+            client = client or Client(port)
+            reply = client.send(TO_CHAT).reply()
+            assert (reply.status, reply.body) == (200, b'{"ok": true}')
+            done[kept] += 1
+            if not kept or reply.all("connection") == ["close"]:
+                client = client.socket.close()
+    except Exception as error:
+        lost.append(error)
+    finally:
+        client and client.socket.close()
+
+
+def answers_but_waits(go):
+    """Return a script that answers; but with a stream that ends when it may `go`, if so asked."""
     def script(played, number):
         while read := played.request():
             if b"wait" in read[1]:
                 played.send(STREAM_HEAD + chunked(*events_of({}), end=False))
                 assert go.wait(SECONDS * 5)
             played.send(chunked(DONE) if b"wait" in read[1] else response())
+    return script
 
-    def load(port, kept):
-        client = None
-        try:
-            while not over.wait(0.002):
-                client = client or Client(port)
-                reply = client.send(TO_CHAT).reply()
-                assert (reply.status, reply.body) == (200, b'{"ok": true}')
-                done[kept] += 1
-                if not kept or reply.all("connection") == ["close"]:
-                    client = client.socket.close()
-        except Exception as error:
-            lost.append(error)
-        finally:
-            client and client.socket.close()
 
+def test_ten_gateways_one_after_the_other_on_one_socket_lose_no_request():
+    """The next one starts before the last one drains. A client that was told Connection: close
+    takes a new connection, as all of HTTP's clients do; and a stream outlives the restarts."""
+    over, go, done, lost = threading.Event(), threading.Event(), [0, 0], []
     with (socket.create_server(("127.0.0.1", 0), backlog=1024) as listener,
-          PlayedBackend(script) as backend, contextlib.ExitStack() as stack):
+          PlayedBackend(answers_but_waits(go)) as backend, contextlib.ExitStack() as stack):
         port, gateways = listener.getsockname()[1], []
-        threads = [threading.Thread(target=load, args=(port, kept)) for kept in (False, True)]
+        threads = [threading.Thread(target=ask_until, args=(over, port, kept, done, lost))
+                   for kept in (False, True)]
         def next_gateway():
             gateways.append(stack.enter_context(activate(
                 listener.fileno(), BACKEND_URL=backend.url, DRAIN_DELAY="1", HOST="nowhere.invalid",
@@ -4676,7 +4694,7 @@ def test_text_within_a_long_event_is_no_end_of_its_stream():
 
 
 def test_an_answer_that_came_before_the_request_was_sent_whole_arrives_and_is_the_links_last():
-    """Its backend neither reads on nor closes; the next request would be in the middle of a body."""
+    """Its backend neither reads on nor closes; the next request would be within a body."""
     go = threading.Event()
     def script(played, number):
         if number > 1:
