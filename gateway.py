@@ -8,7 +8,7 @@
 The path of a request; read the sections in order, or from here:
 
     main -> workers -> Server -> a thread for each connection -> Handler.handle_one_request
-        read_head -> parse_head, request_length         one strict parser, for both directions
+        read_head -> parse_request                      one strict parser, for both directions
         dispatch -> authenticate
             /healthz /readyz /metrics                   answered here, no backend is asked
             /v1/*  read_body                            whole, up to MAX_BODY_BYTES
@@ -49,7 +49,7 @@ import uuid
 from _thread import start_new_thread
 from base64 import b64encode
 from bisect import bisect_left
-from collections import defaultdict
+from collections import defaultdict, namedtuple
 from contextlib import suppress
 from email.utils import formatdate
 from functools import lru_cache
@@ -57,61 +57,42 @@ from hmac import compare_digest
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
-from typing import NamedTuple
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if sys.version_info < (3, 13):
     sys.exit(f"gateway.py needs Python 3.13 or later; this is {sys.version.split()[0]}")
 
 # == 1. Settings ===================================================================================
-# Each knob is one line of KNOBS; its flag, its environment variable, its line of --help and its row
-# of README's table are made from that line. A flag wins over the environment, and that over the
-# default; an empty variable counts as unset. All three go through the same parser. No error repeats
-# a text that may be a secret.
+# Each knob is one row of KNOBS: its flag (--max-body-bytes), its variable (MAX_BODY_BYTES), its
+# line of --help and its row of README's table are made from that. A flag wins over the environment,
+# and that over the default; an empty variable counts as unset. All three go through the same
+# parser, and no error repeats what may be a secret.
 
 # "abc==" has no name; "name=" would be a key that is easily guessed, where a variable was empty.
 KEY = re.compile(r"(?![A-Za-z0-9_.-]+=$)(?:([A-Za-z0-9_.-]{1,64})=(?==*[^=]))?([!-~]+)")
+URL = re.compile(r"(https?://(?:[\w.-]*\w\.?|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?)(/[!-\"$->A-~]*)?",
+                 re.ASCII | re.IGNORECASE)
 refused = argparse.ArgumentTypeError  # of a parser: argparse puts the setting's name before it
 
 
-def whole_number(low, high):
-    """Return a parser of whole numbers from `low` to `high`."""
+def number(kind, low, high):
+    """Return a parser of numbers, int or float, from `low` to `high`."""
     def parse(text):
-        if not re.fullmatch("[0-9]{1,15}", text) or not low <= int(text) <= high:
-            raise refused(f"{text!r} is no whole number from {low} to {high}")
-        return int(text)
+        form = "[0-9]{1,15}" if kind is int else r"[0-9]{1,15}(\.[0-9]{1,6})?"
+        if not re.fullmatch(form, text) or not low <= kind(text) <= high:
+            raise refused(f"{text[:40]!r} is no {kind.__name__} from {low} to {high}")
+        return kind(text)
     return parse
 
 
-def seconds(zero=False):
-    """Return a parser of durations up to a day: more would overflow some sockets' timeouts."""
+def like(pattern, what, convert=str):
+    """Return a parser of texts that match `pattern` whole."""
     def parse(text):
-        value = float(text) if re.fullmatch(r"[0-9]{1,5}(\.[0-9]{1,6})?", text) else -1
-        if not 0 < value <= 86_400 and not (zero and value == 0):
-            raise refused(f"{text!r} is no number of seconds"
-                          f" {'from 0 to' if zero else 'above 0, up to'} 86400")
-        return value
+        if not re.fullmatch(pattern, text):
+            raise refused(f"it must be {what}")
+        return convert(text)
     return parse
-
-
-def switch(text):
-    """Parse yes or no."""
-    if text.lower() not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
-        raise refused(f"{text!r} is neither 1 nor 0")
-    return text.lower() in ("1", "true", "yes", "on")
-
-
-def log_format(text):
-    """Parse the name of a log format."""
-    if text not in ("text", "json"):
-        raise refused(f"{text!r} is neither text nor json")
-    return text
-
-
-def worker_count(text):
-    """Parse a number of processes; auto is one for each processor that may be used."""
-    return os.process_cpu_count() or 1 if text == "auto" else whole_number(1, 256)(text)
 
 
 def listed(parse):
@@ -121,23 +102,13 @@ def listed(parse):
 
 def backend_url(text):
     """Parse a backend's address to its base, to which a client's path, /v1/..., is appended."""
-    match = re.fullmatch(r"(https?://(?:[\w.-]*\w\.?|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?)"
-                         r"(/[!-\"$->A-~]*)?", text, re.ASCII | re.IGNORECASE)
+    match = URL.fullmatch(text)
     with suppress(ValueError):  # of an address in brackets that is none
         urllib.parse.urlsplit(text)
         if match and 0 < int(match[2] or 80) < 65_536:
             return match[1] + (match[3] or "").rstrip("/").removesuffix("/v1").rstrip("/")
-    raise refused("an address begins with http:// or https://, as in http://127.0.0.1:8000 or"
-                  " https://host/v1, and has no user, password, query or fragment; separate several"
-                  " by commas")
-
-
-def origin(text):
-    """Parse a web page's origin, or * for any."""
-    if text != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[a-z0-9_.:\[\]-]+", text):
-        raise refused(f"{text!r} is no origin like https://chat.example.com (lower-case, and"
-                      " without a path), and not *")
-    return text
+    raise refused("it must be like http://127.0.0.1:8000 or https://host/v1, without user,"
+                  " password, query or fragment; separate several by commas")
 
 
 def named_keys(text):
@@ -149,71 +120,55 @@ def named_keys(text):
     return [(m[1] or f"key{i}", m[2].encode()) for i, m in enumerate(matches, 1)]
 
 
-def secret(text):
-    """Parse one key."""
-    if text and not re.fullmatch("[!-~]+", text.strip()):
-        raise refused("a key is of visible ASCII characters, at least one")
-    return text.strip()
-
-
-class Knob(NamedTuple):
-    """A setting: `max_body_bytes` has the flag --max-body-bytes and the variable MAX_BODY_BYTES."""
-
-    name: str
-    parse: object
-    default: str
-    help: str
-
-
-KNOBS = (
-    Knob("host", str, "127.0.0.1", "address to listen on; 0.0.0.0 or :: for all interfaces"),
-    Knob("port", whole_number(0, 65_535), "8080",
-         "port to listen on; 0 takes a free one, which the start-up line names"),
-    Knob("backend_url", listed(backend_url), "",
-         "server to forward to, with or without /v1, or several, separated by commas;"
-         " without one the gateway echoes"),
-    Knob("api_keys", named_keys, "",
-         "keys that clients must present, separated by commas, each KEY or NAME=KEY;"
-         " the name stands in the log"),
-    Knob("api_keys_file", str, "", "file with such keys, one a line; read again on SIGHUP"),
-    Knob("backend_api_key", secret, "", "key sent to the backends in place of the client's"),
-    Knob("backend_api_key_file", str, "", "file with that key; read again on SIGHUP"),
-    Knob("allow_open", switch, "0",
-         "1 lends the backends' key to everyone on the network: beyond loopback, without API_KEYS"),
-    Knob("max_body_bytes", whole_number(0, 1 << 40), str(64 << 20),
-         "largest request body; a larger one is refused with 413"),
-    Knob("max_connections", whole_number(1, 1_000_000), "2000",
-         "client connections of a worker at once, a thread each; a further one gets 503"),
-    Knob("max_concurrent_requests", whole_number(0, 1_000_000), "0",
-         "requests of a worker at the backends at once; a further one waits; 0 for no limit"),
-    Knob("queue_timeout", seconds(zero=True), "0",
-         "seconds a request may wait for its turn, before it gets 429"),
-    Knob("client_timeout", seconds(), "60",
-         "seconds for a request's head, for a body to go on, for a client to take what is sent,"
-         " and for an idle connection"),
-    Knob("connect_timeout", seconds(), "5",
-         "seconds to connect to a backend, and for it to answer a probe"),
-    Knob("backend_timeout", seconds(), "600",
-         "seconds a backend may be silent, before its first byte and between bytes"),
-    Knob("probe_interval", seconds(zero=True), "10",
-         "seconds between two looks at a backend's /v1/models; 0 for none"),
-    Knob("shutdown_timeout", seconds(), "30",
-         "seconds that requests in flight have to finish after SIGTERM or SIGINT"),
-    Knob("drain_delay", seconds(zero=True), "0",
-         "seconds before that, with /readyz at 503, for load balancers to move away"),
-    Knob("workers", worker_count, "1",
-         "processes that serve; auto is one for each processor"),
-    Knob("cpu_affinity", switch, "1",
-         "1 keeps each worker on one processor, as its threads take turns anyway; 0 leaves that to"
-         " the system, for a processor that other programs are bound to"),
-    Knob("tls_cert_file", str, "",
-         "certificate chain in PEM, to serve https; read again on SIGHUP"),
-    Knob("tls_key_file", str, "", "private key of that certificate"),
-    Knob("cors_origins", listed(origin), "",
-         "origins of web pages that may call, separated by commas; * for any"),
-    Knob("log_format", log_format, "text",
-         "form of the log, a line for each request on stderr: text or json"),
-)
+switch = like("[01]", "1 or 0", lambda text: text == "1")
+secret = like(r"\s*[!-~]+\s*|", "a key of visible ASCII characters", str.strip)
+origin = like(r"\*|[a-z][a-z0-9+.-]*://[a-z0-9_.:\[\]-]+",
+              "like https://chat.example.com, lower-case and without a path, or *")
+workers = like("auto|[1-9][0-9]?", "from 1 to 99, or auto", lambda text: (
+    os.process_cpu_count() or 1 if text == "auto" else int(text)))
+seconds, from_0 = number(float, 0.001, 86_400), number(float, 0, 86_400)  # sockets take no more
+KNOBS = (  # name, parser, default, what it is
+    ("host", str, "127.0.0.1", "address to listen on; 0.0.0.0 or :: for all interfaces"),
+    ("port", number(int, 0, 65_535), "8080",
+     "port to listen on; 0 takes a free one, which the start-up line names"),
+    ("backend_url", listed(backend_url), "",
+     "server to forward to, or several, separated by commas; without one the gateway echoes"),
+    ("api_keys", named_keys, "", "keys that clients must present, separated by commas, each KEY or"
+     " NAME=KEY; the name stands in the log"),
+    ("api_keys_file", str, "", "file with such keys, one a line; read again on SIGHUP"),
+    ("backend_api_key", secret, "", "key sent to the backends in place of the client's"),
+    ("backend_api_key_file", str, "", "file with that key; read again on SIGHUP"),
+    ("allow_open", switch, "0",
+     "1 lends the backends' key to everyone on the network: beyond loopback, without API_KEYS"),
+    ("max_body_bytes", number(int, 0, 1 << 40), str(64 << 20),
+     "largest request body; a larger one is refused with 413"),
+    ("max_connections", number(int, 1, 1_000_000), "2000",
+     "client connections of a worker at once, a thread each; a further one gets 503"),
+    ("max_concurrent_requests", number(int, 0, 1_000_000), "0",
+     "requests of a worker at the backends at once; a further one waits; 0 for no limit"),
+    ("queue_timeout", from_0, "0", "seconds a request may wait for its turn, before it gets 429"),
+    ("client_timeout", seconds, "60", "seconds for a request's head, for a body to go on, for a"
+     " client to take what is sent, and for an idle connection"),
+    ("connect_timeout", seconds, "5", "seconds to connect to a backend, and for a probe's answer"),
+    ("backend_timeout", seconds, "600",
+     "seconds a backend may be silent, before its first byte and between bytes"),
+    ("probe_interval", from_0, "10",
+     "seconds between two looks at a backend's /v1/models; 0 for none"),
+    ("shutdown_timeout", seconds, "30",
+     "seconds that requests in flight have to finish after SIGTERM or SIGINT"),
+    ("drain_delay", from_0, "0",
+     "seconds before that, with /readyz at 503, for load balancers to move away"),
+    ("workers", workers, "1", "processes that serve; auto is one for each processor"),
+    ("cpu_affinity", switch, "1", "1 keeps each worker on one processor, as its threads take turns"
+     " anyway; 0 leaves that to the system, for a processor that other programs are bound to"),
+    ("tls_cert_file", str, "", "certificate chain in PEM, to serve https; read again on SIGHUP"),
+    ("tls_key_file", str, "", "private key of that certificate"),
+    ("cors_origins", listed(origin), "",
+     "origins of web pages that may call, separated by commas; * for any"),
+    ("log_format", like("text|json", "text or json"), "text",
+     "form of the log, a line for each request on stderr: text or json"))
+EXAMPLE = ("curl http://127.0.0.1:8080/v1/chat/completions"
+           """ -d '{"messages":[{"role":"user","content":"Hello, world!"}]}'""")
 
 
 class Parser(argparse.ArgumentParser):
@@ -226,12 +181,10 @@ class Parser(argparse.ArgumentParser):
 def read_settings(argv, environ):
     """Return a namespace with an attribute for each knob; exits with 2 if a value is bad.
 
-    `listen_fd` is the descriptor of a socket that systemd passed on (sd_listen_fds), or None;
-    `secrets` and `tls` are what the files with keys and certificates held.
+    `listen_fd` is the descriptor of a socket that systemd passed on (sd_listen_fds), or None.
     """
-    usage, _, _ = __doc__.partition("\n\nThe path")
     parser = Parser(
-        prog="gateway.py", description=usage, allow_abbrev=False,
+        prog="gateway.py", description=__doc__.partition("\n\nThe path")[0], allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter, epilog=f"Try it:\n  {EXAMPLE}")
     parser.add_argument("--version", action="version", version=f"gateway.py {__version__}")
     for name, parse, default, text in KNOBS:
@@ -245,37 +198,38 @@ def read_settings(argv, environ):
         parser.error(f"unknown argument: {name[:40]!a}" if name.startswith("--") else
                      "unknown argument: all are flags, such as --port=8080")
     settings.listen_fd = 3 if environ.get("LISTEN_PID") == str(os.getpid()) else None
-    if why := contradiction(settings, environ):
-        parser.error(why)
+    try:
+        check(settings, environ)
+    except ValueError as error:
+        parser.error(error)
     return settings
 
 
-def contradiction(settings, environ):
-    """Return what is wrong with settings that are right one by one, or None."""
-    if settings.listen_fd and environ.get("LISTEN_FDS") != "1":
-        return "LISTEN_FDS must be 1: the gateway serves on one socket"
-    if settings.workers > 1 and not hasattr(os, "fork"):
-        return "WORKERS above 1 needs fork, which this system has not"
-    if bool(settings.tls_cert_file) != bool(settings.tls_key_file):
-        return "TLS_CERT_FILE and TLS_KEY_FILE need each other; set both"
-    if settings.backend_api_key and settings.backend_api_key_file:
-        return "BACKEND_API_KEY and BACKEND_API_KEY_FILE are both set; keep one"
-    try:
-        settings.secrets, settings.tls = read_secrets(settings), make_tls(settings)
-    except ValueError as error:
-        return str(error)
-    keys, backend_key = settings.secrets
-    if backend_key and not keys and not settings.allow_open and (
-            settings.listen_fd or not is_loopback(settings.host)):
-        return ("everyone who reaches HOST would use your BACKEND_API_KEY; set API_KEYS, or"
-                " ALLOW_OPEN=1 if that is meant")
-    return None
+def check(settings, environ):
+    """Read the files with keys; raise ValueError if settings that are right one by one are not."""
+    keys, backend_key = settings.secrets = read_secrets(settings)
+    settings.tls = make_tls(settings)
+    for wrong, why in (
+            (settings.listen_fd and environ.get("LISTEN_FDS") != "1",
+             "LISTEN_FDS must be 1: the gateway serves on one socket"),
+            (settings.workers > 1 and not hasattr(os, "fork"),
+             "WORKERS above 1 needs fork, which this system has not"),
+            (settings.backend_api_key and settings.backend_api_key_file,
+             "BACKEND_API_KEY and BACKEND_API_KEY_FILE are both set; keep one"),
+            (backend_key and not keys and not settings.allow_open and (
+                settings.listen_fd or not is_loopback(settings.host)),
+             "everyone who reaches HOST would use your BACKEND_API_KEY; set API_KEYS, or"
+             " ALLOW_OPEN=1 if that is meant")):
+        if wrong:
+            raise ValueError(why)
 
 
 def read_secrets(settings):
     """Return the clients' (name, key) pairs and the backends' key or ""; raises ValueError."""
-    def read(name, parse):
+    def read(name, parse, otherwise):
         try:
+            if not getattr(settings, name):
+                return otherwise
             with open(getattr(settings, name), encoding="ascii") as file:
                 return parse(file.read() or "\n")
         except argparse.ArgumentTypeError as error:
@@ -283,39 +237,31 @@ def read_secrets(settings):
         except (OSError, ValueError) as error:  # its text may hold bytes of the file
             why = getattr(error, "strerror", None) or "not ASCII text"
         raise ValueError(f"{name.upper()}: {why}")
-    keys, backend_key = settings.api_keys, settings.backend_api_key
-    if settings.api_keys_file:
-        keys = keys + read("api_keys_file", named_keys)
-    if settings.backend_api_key_file:
-        backend_key = read("backend_api_key_file", secret)
-    return keys, backend_key
+    return (settings.api_keys + read("api_keys_file", named_keys, []),
+            read("backend_api_key_file", secret, settings.backend_api_key))
 
 
 def make_tls(settings):
     """Return the SSLContext to serve with, or None for plain HTTP; raises ValueError."""
-    if not settings.tls_cert_file:
+    if not settings.tls_cert_file and not settings.tls_key_file:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
     try:
-        for path in (settings.tls_cert_file, settings.tls_key_file):
-            open(path, "rb").close()  # this error names the file
         context.load_cert_chain(settings.tls_cert_file, settings.tls_key_file, password="")
-    except ssl.SSLError as error:
-        raise ValueError("TLS_CERT_FILE and TLS_KEY_FILE hold no certificate in PEM and its key,"
-                         f" without a passphrase ({error.reason or 'no PEM'})") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"TLS_CERT_FILE or TLS_KEY_FILE cannot be read: {error}") from None
+        raise ValueError("TLS_CERT_FILE and TLS_KEY_FILE must name a certificate in PEM and its"
+                         f" key, without a passphrase: {error}") from None
     return context
 
 
 def is_loopback(host):
-    """Tell whether an address is reached from this machine alone; of names, only localhost is."""
+    """Tell whether an address is reached from this machine alone; of names, localhost is."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host.lower() == "localhost"
+        return host.lower().rstrip(".").rpartition(".")[2] == "localhost"
 
 
 def settings_table():
@@ -324,9 +270,6 @@ def settings_table():
             f" {text} |" for name, _, default, text in KNOBS]
     return "\n".join(["| variable | flag | default | what it is |", "|---|---|---|---|", *rows])
 
-
-EXAMPLE = ("curl http://127.0.0.1:8080/v1/chat/completions"
-           """ -d '{"messages":[{"role":"user","content":"Hello, world!"}]}'""")
 
 # == 2. Errors =====================================================================================
 # An APIError is a whole answer: status, OpenAI's type and code, and a sentence that says what to do
@@ -341,16 +284,16 @@ class APIError(Exception):
     `close` says that the connection must end: what else the client sends cannot be understood.
     """
 
-    def __init__(self, status, code, message, param=None, headers=(), close=False):
+    def __init__(self, status, code, message, param=None, fields=b"", close=False):
         super().__init__(message)
         self.status, self.code, self.message, self.param = status, code, message, param
-        self.headers, self.close = headers, close
+        self.fields, self.close = fields, close
 
     def body(self):
         """Return the error as JSON bytes."""
-        kind = {429: "rate_limit_error", 501: "invalid_request_error",
-                505: "invalid_request_error"}.get(self.status) or (
-            "server_error" if self.status >= 500 else "invalid_request_error")
+        ours = self.status >= 500 and self.status not in (501, 505)
+        kind = "server_error" if ours else (
+            "rate_limit_error" if self.status == 429 else "invalid_request_error")
         return json.dumps({"error": {"message": self.message, "type": kind, "param": self.param,
                                      "code": self.code}}).encode()
 
@@ -362,49 +305,47 @@ class Malformed(APIError):
         super().__init__(status, code, message, close=True)
 
 
-class Unreachable(APIError):
-    """No connection to the backend was made: it has not seen the request."""
+class BackendError(APIError):
+    """A backend failed, and is then left alone."""
+
+    status_and_code = 502, "backend_error"
 
     def __init__(self, message):
-        super().__init__(502, "backend_unreachable", message)
+        super().__init__(*self.status_and_code, message)
 
 
-class Broken(APIError):
-    """The backend closed the connection, or broke HTTP, before its response was whole."""
-
-    def __init__(self, what):
-        super().__init__(502, "backend_error", f"the backend {what}; its own log may say why")
-
-
-class TooLong(Broken):
-    """The backend sent more than is held of a response."""
+class Broken(BackendError):
+    """It closed the connection, or broke HTTP, before its response was whole."""
 
 
 class NoAnswer(Broken):
-    """The backend closed the connection before the first byte of its response."""
+    """It closed the connection before the first byte of its response."""
 
 
-class BackendTimeout(APIError):
-    """The backend was silent for BACKEND_TIMEOUT."""
+class Unreachable(BackendError):
+    """No connection to it was made: it has not seen the request."""
 
-    def __init__(self):
-        super().__init__(504, "backend_timeout", "the backend was silent for BACKEND_TIMEOUT"
-                         " seconds; try again later, or raise it")
+    status_and_code = 502, "backend_unreachable"
 
 
-FAILURES = (Unreachable, Broken, BackendTimeout)  # of a backend, which is then left alone
+class BackendTimeout(BackendError):
+    """It was silent for too long; it may be at work still."""
 
-
-class TooLarge(APIError):
-    """A body of more than MAX_BODY_BYTES."""
-
-    def __init__(self, limit):
-        super().__init__(413, "request_too_large", f"a body may have {limit} bytes; send less, or"
-                         " raise MAX_BODY_BYTES", close=True)
+    status_and_code = 504, "backend_timeout"
 
 
 class ClientGone(Exception):
     """The client closed its connection, or takes nothing more: nobody is left to answer."""
+
+
+def body_too_large(limit):
+    """Return the error for a body of more than so many bytes."""
+    return too_large(f"a body may have {limit} bytes (MAX_BODY_BYTES)", 413, "request_too_large")
+
+
+def too_large(what, status=431, code="request_header_fields_too_large"):
+    """Return the error for what is larger than it may be."""
+    return Malformed(f"{what}; send less", status, code)
 
 
 # == 3. HTTP rules =================================================================================
@@ -412,23 +353,20 @@ class ClientGone(Exception):
 # if each line of it matches the grammar, so what the next server could read differently is refused:
 # bare CR or LF, NUL, folded lines, a space before a colon, a length that is signed, a list, or
 # beside a transfer coding. Repeated fields are joined with a comma (RFC 9110, 5.3), which spoils
-# those that must be there once. What is passed on keeps its lines byte for byte. Who sends to us
-# sends the same lines again and again: lru_cache remembers what short ones mean, never an error.
+# those that must be there once. What is passed on keeps its lines byte for byte.
 
 MAX_HEAD_BYTES = 65_536  # nginx takes 32 KiB, Node 16; keys, cookies and tracing need some
 MAX_LINE_BYTES = 16_384  # method and target; 8,000 is what RFC 9112 3 asks for at least
 MAX_FIELDS = 100         # as Apache and http.client
-MAX_REMEMBERED = 4_096   # of a head with remembered lines: strangers could fill the memory
-MAX_CHUNK_LINE = 4_096   # a chunk's size with its extensions, which nobody uses
-USAGE_BYTES = 4_096      # of the end of an answer, where its usage stands, and of that itself
-
+MAX_CHUNK_LINE = 4_096   # a chunk's size with its extensions, or the trailers: nobody uses them
+MAX_REMEMBERED = 4_096   # bytes of a head that is remembered: strangers could fill the memory
+USAGE_BYTES = 4_096      # of the end of an answer, where its usage stands
 CHUNKED, UNTIL_CLOSE = -1, sys.maxsize  # lengths of a body that are not known beforehand
 
 # Fields of one connection (RFC 9110, 7.6.1), and of a proxy (11.7).
 HOP_BY_HOP = frozenset((
     b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding",
     b"upgrade", b"proxy-authenticate", b"proxy-authentication-info", b"proxy-authorization"))
-PERSISTENCE = {b"close", b"keep-alive"}  # what Connection says of itself
 NOT_FORWARDED = HOP_BY_HOP | {
     b"host", b"content-length", b"expect", b"x-request-id", b"x-forwarded-for",
     b"x-forwarded-proto", b"x-forwarded-host"}
@@ -440,24 +378,35 @@ TOKEN, VALUE = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", rb"[^\x00-\x08\n-\x1f\x7f]*"
 FIELD = re.compile(rb"(%b):(%b)" % (TOKEN, VALUE))
 REQUEST_LINE = re.compile(rb"(%b) ([!\"$-~]+) HTTP/([0-9])\.([0-9])" % TOKEN)
 STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (%b))?" % VALUE)
+# The size line of a chunk, with the CR LF that ends the chunk before it; and the trailers.
+CHUNK = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})(?:[ \t]*;%b)?\r\n" % VALUE)
+TRAILERS = re.compile(rb"(?:%b:%b\r\n)*+\r\n" % (TOKEN, VALUE))
 NEVER_IN_A_HEAD = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n|\Z)|(?<!\r)\n")
 HOST = re.compile(rb"(?:[\w.~%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 ABSOLUTE = re.compile(rb"https?://([^/?#]*)(.*)", re.I)
-# The size line of a chunk, with the CR LF that ends the chunk before it; the trailers; and what is
-# a beginning of the one or of the other.
-CHUNK = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})(?:[ \t]*;%b)?\r\n" % VALUE)
 EMPTY_LINES = re.compile(rb"(?:\r\n)*+")
-TRAILERS = re.compile(rb"(?:%b:%b\r\n)*+\r\n" % (TOKEN, VALUE))
-CHUNK_BEGUN = (re.compile(rb"(?:\r(?:\n(?:[0-9A-Fa-f]{1,15}(?:[ \t]*(?:;%b)?)?\r?)?)?)?" % VALUE),
-               re.compile(rb"(?:%b:%b\r\n)*+(?:%b(?::%b)?)?\r?" % (TOKEN, VALUE, TOKEN, VALUE)))
 LAST_EVENT = re.compile(rb"[\r\n]data: ?\[DONE\]")
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 TRACE = re.compile(rb"(?!ff|00.{54})[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}"
                    rb"-[0-9a-f]{2}(?:-.*)?")  # W3C Trace Context, 3.2.2
-USAGE = re.compile(rb'"usage"[ \t\r\n]*:[ \t\r\n]*\{')
 FORM_MODEL = re.compile(rb'[; ]name="?model"?\r\n(?:[^\r\n]{1,256}\r\n){0,8}\r\n'
                         rb"([^\r\n]{1,256})\r\n")  # bounded: each of its starts is hostile
-REQUEST_ID_LINE = re.compile(rb"(?im)^(x-request-id|request-id):[ \t]*([!-~]{1,128})[ \t]*\r?$")
+# In a JSON string the quotes would be escaped: a model cannot write such a field into its text.
+TOKENS = [re.compile(rb'"(?:%b)_tokens"[ \t\r\n]*:[ \t\r\n]*([0-9]{1,15})(?![0-9.eE])' % names)
+          for names in (b"prompt|input", b"completion|output")]
+
+Request = namedtuple("Request", "method path target minor authority length persistent index fields")
+Head = namedtuple("Head", "status reason length persistent index fields")  # of a response
+
+
+def remembered(parse):
+    """Let `parse` remember what the last 256 short texts mean, never an error.
+
+    Who sends to us sends the same again and again: a third less instructions for a request. A
+    client's key is in its head: it may stay in memory until 256 others have come.
+    """
+    cached = lru_cache(256)(parse)
+    return lambda data, *more: (cached if len(data) < MAX_REMEMBERED else parse)(data, *more)
 
 
 def find_head(data, scanned=0):
@@ -469,20 +418,15 @@ def find_head(data, scanned=0):
     start = max(0, scanned - 3)
     end = data.find(b"\r\n\r\n", start)
     if (len(data) if end < 0 else end + 2) > MAX_HEAD_BYTES:
-        raise Malformed(f"a head may have {MAX_HEAD_BYTES} bytes; send less", 431,
-                        "request_header_fields_too_large")
+        raise too_large(f"a head may have {MAX_HEAD_BYTES} bytes")
     if end < 0 and NEVER_IN_A_HEAD.search(data, start):
         raise Malformed("the head holds a control character, or a line that ends without CR LF")
     return end
 
 
-@lru_cache(256)
+@remembered
 def parse_field(line):
-    """Return the lower-case name and the value of a header field (5); raises Malformed.
-
-    To remember took a seventh off a request. A client's key is in such a line: it may stay in
-    memory until 256 other lines have come.
-    """
+    """Return the lower-case name and the value of a header field (5); raises Malformed."""
     match = FIELD.fullmatch(line)
     if not match:
         raise Malformed("a header field is not of the form 'name: value' (RFC 9112, section 5)")
@@ -490,64 +434,47 @@ def parse_field(line):
 
 
 def parse_head(head, drop):
-    """Return (first line, index, lines) of a head (5) without its last CR LF.
+    """Return (first line, index, options, fields) of a head (5) without its last CR LF.
 
-    The index gives a lower-case name's value; `lines` are those whose names are not in `drop`.
+    The index gives a lower-case name's value, `options` are the tokens of Connection; `fields` are
+    the lines whose names are neither in `drop` nor among the options, as bytes.
     """
     start, *lines = head.split(b"\r\n")
-    parse = parse_field if len(head) < MAX_REMEMBERED else parse_field.__wrapped__
-    fields = list(map(parse, lines))
-    index = dict(fields)
     if len(lines) > MAX_FIELDS:
-        raise Malformed(f"a head may have {MAX_FIELDS} fields; send fewer", 431,
-                        "request_header_fields_too_large")
+        raise too_large(f"a head may have {MAX_FIELDS} fields")
+    fields = [parse_field(line) for line in lines]
+    index = dict(fields)
     if len(index) < len(fields):
         index = {name: b", ".join(value for same, value in fields if same == name)
                  for name in index}
-    if len(index.get(b"connection", b"")) > MAX_REMEMBERED:
-        raise Malformed(f"a Connection field may have {MAX_REMEMBERED} bytes; send less", 431,
-                        "request_header_fields_too_large")
-    if named := tokens(index.get(b"connection", b"close")) - PERSISTENCE:
-        drop = drop | named
-    return start, index, [line for line, field in zip(lines, fields) if field[0] not in drop]
+    options = {option.strip(b" \t") for option in index.get(b"connection", b"").lower().split(b",")}
+    return start, index, options, b"".join([
+        line + b"\r\n" for line, (name, _) in zip(lines, fields)
+        if name not in drop and name not in options])
 
 
-@lru_cache(64)
-def tokens(value):
-    """Return the lower-case tokens of a comma-separated field as a set."""
-    return frozenset(token.strip(b" \t") for token in value.lower().split(b","))
-
-
-@lru_cache(64)
-def is_persistent(connection, minor):
-    """Tell whether who sent this Connection field, or b"", keeps the connection open (9.3)."""
-    options = tokens(connection)
+def is_persistent(options, minor):
+    """Tell whether who sent these options of Connection keeps the connection open (9.3)."""
     return b"close" not in options and (minor == 1 or b"keep-alive" in options)
 
 
-@lru_cache(64)
-def parse_request_line(line):
-    """Return method, target and minor version (3); raises Malformed: 400, 414 or 505."""
+@remembered
+def parse_request(head, drop):
+    """Return the Request (3) that a head is; raises Malformed: 400, 414, 431, 501 or 505."""
+    line, index, options, fields = parse_head(head, drop)
     match = REQUEST_LINE.fullmatch(line)
     if len(line) > MAX_LINE_BYTES:
-        raise Malformed(f"a request line may have {MAX_LINE_BYTES} bytes", 414, "uri_too_long")
+        raise too_large(f"a request line may have {MAX_LINE_BYTES} bytes", 414, "uri_too_long")
     if not match:
         raise Malformed("the request line is not of the form 'METHOD /path HTTP/1.1'")
     if match[3] != b"1":
         raise Malformed("set the client to HTTP/1.1", 505, "http_version_not_supported")
-    return match[1].decode(), match[2], min(int(match[4]), 1)
+    method, minor = match[1].decode(), min(int(match[4]), 1)
+    authority, path, target = parse_target(method, match[2], index.get(b"host"), minor)
+    return Request(method, path, target, minor, authority, request_length(index, minor),
+                   is_persistent(options, minor), index, fields)
 
 
-@lru_cache(64)
-def parse_status_line(line):
-    """Return minor version, status and reason (4); raises Malformed."""
-    match = STATUS_LINE.fullmatch(line)
-    if not match or match[2] == b"101":  # nobody asked to switch protocols
-        raise Malformed("its status line is not of the form 'HTTP/1.1 200 OK'")
-    return int(match[1]), int(match[2]), match[3] or b""
-
-
-@lru_cache(64)
 def parse_target(method, target, host, minor):
     """Return authority, path, and path with query (3.2), for a Host or None; raises Malformed.
 
@@ -564,15 +491,14 @@ def parse_target(method, target, host, minor):
         elif method != "OPTIONS" or target != b"*":
             raise Malformed("the request target is neither a path nor an http:// address")
     path = target.partition(b"?")[0]
-    if b"/." in path or b"%" in path or b"\\" in path:
-        if {b".", b".."}.intersection(re.split(rb"[/\\]", urllib.parse.unquote_to_bytes(path))):
-            raise Malformed("the path holds '.' or '..'; send the path that it leads to")
+    if {b".", b".."}.intersection(re.split(rb"[/\\]", urllib.parse.unquote_to_bytes(path))):
+        raise Malformed("the path holds '.' or '..'; send the path that it leads to")
     return authority, path.decode(), target.decode()
 
 
-@lru_cache(256)
-def content_length(value):
+def content_length(index):
     """Return the Content-Length (6.2), None if there is none; raises Malformed if in doubt."""
+    value = index.get(b"content-length")
     if value is not None and not (value.isdigit() and len(value) < 16):
         raise Malformed("Content-Length must be there once, as digits")
     return value and int(value)
@@ -580,29 +506,36 @@ def content_length(value):
 
 def request_length(index, minor):
     """Return the length of a request's body (6.3), or CHUNKED; raises Malformed."""
-    length = content_length(index.get(b"content-length"))
-    if b"transfer-encoding" not in index:
+    length, coding = content_length(index), index.get(b"transfer-encoding")
+    if coding is None:
         return length or 0
     if length is not None or not minor:
         raise Malformed("Transfer-Encoding beside Content-Length, or in HTTP/1.0, is ambiguous")
-    coding = index[b"transfer-encoding"].lower()
-    if b"chunked" in [token.strip(b" \t") for token in coding.split(b",")[:-1]]:
+    if b"chunked" in [token.strip(b" \t") for token in coding.lower().split(b",")[:-1]]:
         raise Malformed("Transfer-Encoding must name 'chunked' once, and last")
-    if coding != b"chunked":
+    if coding.lower() != b"chunked":
         raise Malformed("the one transfer coding here is 'chunked'", 501, "not_implemented")
     return CHUNKED
 
 
-def response_length(method, status, index, minor):
-    """Return the length of a response's body (6.3), CHUNKED or UNTIL_CLOSE; raises Malformed."""
-    length = content_length(index.get(b"content-length"))
-    if method == "HEAD" or status in (204, 304):
-        return 0
-    if b"transfer-encoding" not in index:
-        return UNTIL_CLOSE if length is None else length
-    if length is not None or not minor or index[b"transfer-encoding"].lower() != b"chunked":
-        raise Malformed("its transfer coding is unknown or in doubt")
-    return CHUNKED
+@remembered
+def parse_response(head, drop, to_head):
+    """Return the Head (4, 6.3) of a response, if `to_head` to HEAD; raises Malformed."""
+    line, index, options, fields = parse_head(head, drop)
+    match = STATUS_LINE.fullmatch(line)
+    if not match or match[2] == b"101":  # nobody asked to switch protocols
+        raise Malformed("its status line is not of the form 'HTTP/1.1 200 OK'")
+    minor, status, coding = int(match[1]), int(match[2]), index.get(b"transfer-encoding")
+    declared, persistent = content_length(index), is_persistent(options, minor)
+    length = UNTIL_CLOSE if declared is None else declared
+    if to_head or status in (204, 304):
+        # Some send the body that is only announced here: it must not be the next response.
+        length, persistent = 0, persistent and not declared and not coding
+    elif coding is not None:
+        if declared is not None or not minor or coding.lower() != b"chunked":
+            raise Malformed("its transfer coding is unknown or in doubt")
+        length = CHUNKED
+    return Head(status, match[3] or b"", length, persistent, index, fields)
 
 
 def accepted_request_id(index, ids):
@@ -646,8 +579,8 @@ class Body:
             else:
                 break
         self.rest = data[at:]
-        if not self.done and not CHUNK_BEGUN[self._left < 0].fullmatch(self.rest) or (
-                not self.done and len(self.rest) > MAX_CHUNK_LINE):
+        ended = b"\r\n\r\n" in self.rest if self._left < 0 else b"\r\n" in self.rest[2:]
+        if not self.done and (ended or len(self.rest) > MAX_CHUNK_LINE):
             raise Malformed("the body's chunks are not of the form of RFC 9112, section 7.1")
         return b"".join(pieces)
 
@@ -669,7 +602,6 @@ def refuse_constant(name):
 
 
 JSON = json.JSONDecoder(parse_constant=refuse_constant)
-LENIENT = json.JSONDecoder()  # for answers, which are the backend's to get right
 
 
 def parse_json(body):
@@ -679,10 +611,7 @@ def parse_json(body):
     over 4,300 digits are a ValueError of the standard parser, deep nesting a RecursionError.
     """
     try:
-        text = body.decode().strip(" \t\r\n")
-        value, end = JSON.raw_decode(text)
-        if end < len(text):
-            raise json.JSONDecodeError("Extra data", text, end)
+        value = JSON.decode(body.decode())
     except (ValueError, RecursionError) as error:
         why = str(error)[:200] if isinstance(error, ValueError) else "it is nested too deeply"
         raise APIError(400, "invalid_json", f"the body is not valid JSON: {why}") from None
@@ -692,25 +621,11 @@ def parse_json(body):
 
 
 def token_usage(data):
-    """Return the (input, output) tokens of the last "usage" in an answer's JSON; None where not.
-
-    Inside a JSON string its quotes would be escaped: a model cannot write one into its text. An
-    answer without a usage gives ().
-    """
-    at = data.rfind(b'"usage"')
-    while at >= 0 and not (found := USAGE.match(data, at)):
-        at = data.rfind(b'"usage"', 0, at)
-    if at < 0:
-        return ()
-    text = data[found.end() - 1:found.end() + USAGE_BYTES].decode("utf-8", "replace")
-    try:
-        usage, _ = LENIENT.raw_decode(text)
-    except (ValueError, RecursionError):
-        return ()
-    asked = usage.get("prompt_tokens", usage.get("input_tokens"))
-    answered = usage.get("completion_tokens", usage.get("output_tokens"))
-    return [count if type(count) is int and 0 <= count < 1 << 50 else None  # exact as a double
-            for count in (asked, answered)]
+    """Return the (input, output) tokens that an answer's JSON tells last, None where not; or ()."""
+    end = data.rfind(b'_tokens"')
+    data = data[max(end - USAGE_BYTES, 0):end + 64]
+    counts = end >= 0 and [pattern.findall(data)[-1:] for pattern in TOKENS]
+    return [int(count[0]) if count else None for count in counts] if counts and any(counts) else ()
 
 
 def key_name(keys, authorization):
@@ -726,16 +641,15 @@ def key_name(keys, authorization):
     return found
 
 
-def cors_lines(origin, allowed):
-    """Return the fields that let a page of this origin read the reply (Fetch standard, 3.2).
+def cors_fields(origin, allowed):
+    """Return the lines that let a page of this origin read the reply (Fetch standard, 3.2).
 
-    Vary is the first of them, and for another origin the only one: caches must tell them apart.
+    For another origin Vary is the only one: caches must tell them apart.
     """
     if not origin or "*" not in allowed and origin.decode("latin-1") not in allowed:
-        return [b"Vary: Origin"]
-    return [b"Vary: Origin", b"Access-Control-Allow-Origin: " + origin,
-            b"Access-Control-Expose-Headers: x-request-id, x-backend-request-id, retry-after,"
-            b" retry-after-ms"]
+        return b"Vary: Origin\r\n"
+    return (b"Vary: Origin\r\nAccess-Control-Allow-Origin: %b\r\nAccess-Control-Expose-Headers:"
+            b" x-request-id, x-backend-request-id, retry-after, retry-after-ms\r\n" % origin)
 
 
 # == 4. Observability ==============================================================================
@@ -784,17 +698,14 @@ FAMILIES = {  # name: (type, help, labels and their values, upper bounds of the 
     "gateway_overhead_seconds": (
         "histogram", "From a forwarded request's last byte to its reply's first, less the waiting"
         " for the backend and for its turn.", {}, OVERHEAD),
-    "gateway_build_info": ("gauge", "1, with the gateway's version.", {"version": (__version__,)},
-                           ())}
+    "gateway_build_info": ("gauge", "1, with the version.", {"version": (__version__,)}, ())}
 PLAIN = re.compile(r"[!#-\[\]-~]+")
 
 
 def log(line):
     """Write a line to stderr with one write, so that those of threads and processes stay whole."""
-    try:
+    with suppress(OSError):  # a closed stderr is no reason to fail a request
         os.write(2, line.encode("ascii", "backslashreplace") + b"\n")
-    except OSError:
-        pass  # a closed stderr is no reason to fail a request
 
 
 @lru_cache(1)
@@ -822,8 +733,7 @@ def note_internal_error(settings, where):
 
 def printable(text):
     """Return at most 100 characters of `text`, as a JSON string if it is not plain ASCII words."""
-    text = text[:100]
-    return text if PLAIN.fullmatch(text) else json.dumps(text)
+    return text if PLAIN.fullmatch(text := text[:100]) else json.dumps(text)
 
 
 class Record:
@@ -838,15 +748,14 @@ class Record:
 
     LOGGED = ("time", "request_id", "trace_id", "client", "key", "method", "path", "status",
               "model", "backend", "stream", "bytes", "first_byte_ms", "duration_ms", "outcome")
+    request_id = ""  # none is known yet; "-" would be a valid one
+    method = path = model = backend = key = trace_id = "-"
+    outcome = result = "ok"
+    stream, usage, tries, status, bytes, waited = False, (), (), 0, 0, 0
+    first = first_piece = asked = None
 
     def __init__(self, client):
         self.began, self.client = time.monotonic(), client
-        self.request_id = ""  # none is known yet; "-" would be a valid one
-        self.method = self.path = self.model = self.backend = self.key = self.trace_id = "-"
-        self.outcome = self.result = "ok"
-        self.stream, self.usage, self.tries = False, (), ()
-        self.status = self.bytes = self.waited = 0
-        self.first = self.first_piece = self.asked = None
 
     def line(self, form):
         """End the record and return its line for the log."""
@@ -854,9 +763,9 @@ class Record:
         self.first_byte_ms = self.first and (self.first - self.began) * 1000
         self.method, self.path = self.method[:32], self.path[:256]  # one write to a pipe: 4,096
         if form == "json":
-            fields = {name: getattr(self, name) for name in self.LOGGED}
+            fields = ((name, getattr(self, name)) for name in self.LOGGED)
             return json.dumps({name: round(value, 2) if isinstance(value, float) else value
-                               for name, value in fields.items()})
+                               for name, value in fields})
         first = "-" if self.first is None else f"{self.first_byte_ms:.2f}ms"
         return (f"{self.time} {self.status} {self.method} {self.path} {self.duration_ms:.2f}ms"
                 f" first={first} bytes={self.bytes} stream={'yes' if self.stream else 'no'}"
@@ -877,9 +786,8 @@ class Metrics:
     def __init__(self, workers, backends):
         self.places, self._width, self.lock = {}, 0, threading.Lock()
         for family, (_, _, labels, bounds) in FAMILIES.items():
-            self.places[family] = {}
             for key in itertools.product(*(values or backends for values in labels.values())):
-                self.places[family][key] = self._width
+                self.places[family, *key] = self._width
                 self._width += len(bounds) + 2 if bounds else 1
         self._rows = memoryview(mmap.mmap(-1, 8 * self._width * workers)).cast("d")
         self.attach(0)
@@ -888,67 +796,61 @@ class Metrics:
         """Write to the row of this worker from here on."""
         self.row = self._rows[worker * self._width:][:self._width]
 
-    def set(self, gauge, value):
-        """Set a gauge without labels."""
-        self.row[self.places[gauge][()]] = value
+    def add(self, *series, value=1):
+        """Count one more, or so many. Hold the lock."""
+        self.row[self.places[series]] += value
 
-    def observe(self, family, key, value):
+    def observe(self, *series, value):
         """Add a value to a histogram. Hold the lock."""
-        place = self.places[family][key]
-        self.row[place] += value
-        self.row[place + 1 + bisect_left(FAMILIES[family][3], value)] += 1
+        place, row = self.places[series], self.row
+        row[place] += value
+        row[place + 1 + bisect_left(FAMILIES[series[0]][3], value)] += 1
 
     def count(self, record):
         """Count a request that has ended."""
-        row, places, operation = self.row, self.places, OPERATIONS.get(record.path)
-        how = STATUSES.get(record.status, "other"), record.result
+        operation = OPERATIONS.get(record.path) if record.method == "POST" else None
         with self.lock:
-            row[places["gateway_requests_total"][how]] += 1
+            self.add("gateway_requests_total", STATUSES.get(record.status, "other"), record.result)
             if record.result == "client_closed":
-                row[places["gateway_client_disconnects_total"][()]] += 1
+                self.add("gateway_client_disconnects_total")
             for tried in record.tries:
-                row[places["gateway_backend_requests_total"][tried]] += 1
+                self.add("gateway_backend_requests_total", *tried)
             if len(record.tries) > 1:
-                row[places["gateway_retries_total"][()]] += len(record.tries) - 1
+                self.add("gateway_retries_total", value=len(record.tries) - 1)
             if record.first and record.asked:
-                self.observe("gateway_overhead_seconds", (),
-                             record.first - record.asked - record.waited)
-            if not operation or record.method != "POST":
+                self.observe("gateway_overhead_seconds",
+                             value=record.first - record.asked - record.waited)
+            if not operation:
                 return
-            self.observe("gen_ai_server_request_duration_seconds", (operation,),
-                         record.duration_ms / 1000)
+            self.observe("gen_ai_server_request_duration_seconds", operation,
+                         value=record.duration_ms / 1000)
             if record.stream and record.first_piece and record.status == 200:
-                self.observe("gen_ai_server_time_to_first_token_seconds", (operation,),
-                             record.first_piece - record.began)
-            for kind, tokens in zip((("input",), ("output",)), record.usage):
+                self.observe("gen_ai_server_time_to_first_token_seconds", operation,
+                             value=record.first_piece - record.began)
+            for kind, tokens in zip(("input", "output"), record.usage):
                 if tokens is not None:
-                    self.observe("gen_ai_client_token_usage", kind, tokens)
+                    self.observe("gen_ai_client_token_usage", kind, value=tokens)
 
     def render(self, gauges):
-        """Return Prometheus' text format 0.0.4: of the sums over all workers, and of `gauges`.
-
-        These are of this worker alone: (family, label value) pairs with their numbers. Of series
-        with labels, those appear that have a number.
+        """Return Prometheus' text format 0.0.4: of the sums over all workers, and of `gauges`,
+        numbers of this worker alone. Of series with labels, those appear that have a number.
         """
-        width, rows, lines = self._width, self._rows.tolist(), []
-        sums = [sum(rows[place::width]) for place in range(width)]
-        for (family, label), value in gauges.items():
-            sums[self.places[family][label,]] = value
-        for family, (kind, text, labels, bounds) in FAMILIES.items():
-            lines += [f"# HELP {family} {text}", f"# TYPE {family} {kind}"]
-            for key, place in self.places[family].items():
-                total, *counts = sums[place:place + (len(bounds) + 2 if bounds else 1)]
-                if not bounds:
-                    if total or not key or (family, *key) in gauges:
-                        lines.append(sample(family, labels, key, total))
-                    continue
-                counts = list(itertools.accumulate(counts))
-                if not counts[-1] and key:
-                    continue
+        rows, lines, begun = self._rows.tolist(), [], set()
+        for (family, *key), place in self.places.items():
+            kind, text, labels, bounds = FAMILIES[family]
+            if family not in begun:
+                begun.add(family)
+                lines += [f"# HELP {family} {text}", f"# TYPE {family} {kind}"]
+            total, *counts = (sum(rows[at::self._width]) for at in range(
+                place, place + (len(bounds) + 2 if bounds else 1)))
+            total, counts = gauges.get((family, *key), total), [*itertools.accumulate(counts)]
+            if bounds and (counts[-1] or not key):
                 for bound, count in zip((*bounds, "+Inf"), counts):
                     lines.append(sample(f"{family}_bucket", (*labels, "le"), (*key, bound), count))
-                lines.append(sample(f"{family}_sum", labels, key, total))
-                lines.append(sample(f"{family}_count", labels, key, counts[-1]))
+                lines += [sample(f"{family}_sum", labels, key, total),
+                          sample(f"{family}_count", labels, key, counts[-1])]
+            elif not bounds and (total or not key or (family, *key) in gauges):
+                lines.append(sample(family, labels, key, total))
         return "\n".join([*lines, ""]).encode()
 
 
@@ -974,8 +876,7 @@ IDLE_SECONDS = 4        # uvicorn, and so vLLM, closes an idle connection after 
 RECEIVE_BYTES = 65_536  # one read; larger ones cost more to allocate than they save in calls
 MAX_BACK_OFF = 30       # seconds, doubled from 1, that a failing backend is left alone
 MAX_RETRY_AFTER = 300   # seconds that a backend may ask for
-MAX_HELD_BYTES = 4 << 20  # of a list of models, or an answer that is held while another is asked
-HOLD_SECONDS = 1        # for such an answer to come: another backend can be asked meanwhile
+MAX_LIST_BYTES = 4 << 20  # of a list of models
 BUSY = frozenset((502, 503, 504, 508))  # it, or one behind it, cannot answer now: another may
 
 
@@ -988,18 +889,8 @@ def set_timeouts(sock, receive, send):
     if os.name != "posix" or isinstance(sock, ssl.SSLSocket):
         return sock.settimeout(receive)
     for option, limit in ((socket.SO_RCVTIMEO, receive), (socket.SO_SNDTIMEO, send)):
-        whole = int(limit)
-        sock.setsockopt(socket.SOL_SOCKET, option, struct.pack(
-            "@ll", whole, int((limit - whole) * 1e6) or not whole))  # 0 would mean for ever
-
-
-def a_descriptor_is_left():
-    """Tell whether a file could be opened: the look-up of a name does not say so if not."""
-    try:
-        os.close(os.open(os.devnull, os.O_RDONLY))
-    except OSError:
-        return False
-    return True
+        whole, rest = int(limit), max(int(limit % 1 * 1e6), 1)  # 0 would mean for ever
+        sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", whole, rest))
 
 
 @lru_cache(256)
@@ -1008,13 +899,9 @@ def proxy_for(scheme, host):
 
     Raises ValueError if the variable holds no address. The look-up takes as long as a connect.
     """
-    name = (urllib.parse.urlsplit(f"//{host}").hostname or "").rstrip(".")
-    try:
-        local = (ip := ipaddress.ip_address(name)).is_loopback or ip.is_unspecified
-    except ValueError:
-        local = name == "localhost" or name.endswith(".localhost")
+    name = urllib.parse.urlsplit(f"//{host}").hostname or ""
     address = urllib.request.getproxies().get(scheme)
-    if local or not address or urllib.request.proxy_bypass(host):
+    if is_loopback(name) or not address or urllib.request.proxy_bypass(host):
         return None
     return urllib.parse.urlsplit(address if "://" in address else f"http://{address}")
 
@@ -1023,24 +910,23 @@ class BackendRequest(urllib.request.Request):
     """A request on its way to a backend; `fields` are its header lines, ready as bytes.
 
     It sets the documented attributes of urllib's Request itself, and plain ones: the stock
-    __init__ parses the address each time, which takes 7 us. `link` is the connection that
-    it holds, changed by the Pool alone; `cancelled` becomes true when the client has gone, `turn`
-    is the Event on which it waits for its turn.
+    __init__ parses the address each time, which takes 7 us. `link` is the connection that it
+    holds, `spare` one on which an answer waits that may not be wanted; `cancelled` becomes true when the client has gone, `turn` is
+    the Event on which it waits for its turn; `patience` is how long the backend may be silent.
     """
 
     __slots__ = ("full_url", "data")  # plain attributes here, properties there
     unverifiable, origin_req_host, headers = False, "", {}
+    link = spare = backend = turn = None
+    cancelled = False
 
-    def __init__(self, method, target, fields, body, model, repeatable):
+    def __init__(self, method, target, fields, body, model, repeatable, patience):
         self.method, self.target, self.data, self.model = method, target, body, model
-        self.own_fields, self.repeatable = fields, repeatable
-        self.link = self.backend = self.turn = None
-        self.cancelled = False
+        self.own_fields, self.repeatable, self.patience = fields, repeatable, patience
 
     def aim(self, backend):
         """Direct it to this backend."""
-        self.backend, self.type, self.host, self.key = (
-            backend, backend.scheme, backend.host, backend.key)
+        self.backend, self.type, self.host = backend, backend.scheme, backend.host
         self.selector = backend.path + self.target
         self.full_url = backend.origin + self.selector
         self.fields = backend.host_line + self.own_fields
@@ -1053,9 +939,10 @@ class Link:
     tells that a request broke off: whatever follows would be taken for the rest of it.
     """
 
+    idle_since, half_sent, patience = 0.0, False, None
+
     def __init__(self, sock, key, proxy_fields):
-        self.sock, self.key, self.proxy_fields, self.idle_since = sock, key, proxy_fields, 0.0
-        self.half_sent = False
+        self.sock, self.key, self.proxy_fields = sock, key, proxy_fields
         self._poller = select.poll() if hasattr(select, "poll") else None
         if self._poller:
             self._poller.register(sock, select.POLLIN)
@@ -1071,12 +958,11 @@ class Link:
                 self.sock.sendall(head)
                 head = b""
             self.sock.sendall(head + body)
-        except (TimeoutError, BlockingIOError):
+        except OSError as error:
             # Of TLS, there may be more to read than answers.
-            if isinstance(self.sock, ssl.SSLSocket) or not self.is_readable():
-                raise BackendTimeout from None
-            self.half_sent = True
-        except OSError:
+            if isinstance(error, (TimeoutError, BlockingIOError)) and (
+                    isinstance(self.sock, ssl.SSLSocket) or not self.is_readable()):
+                raise BackendTimeout("the backend does not take the request") from None
             self.half_sent = True
 
     def receive(self):
@@ -1084,7 +970,8 @@ class Link:
         try:
             return self.sock.recv(RECEIVE_BYTES)
         except (TimeoutError, BlockingIOError):
-            raise BackendTimeout from None
+            raise BackendTimeout(f"the backend was silent for {self.patience} seconds; try again"
+                                 " later, or raise BACKEND_TIMEOUT") from None
         except OSError:
             return None
 
@@ -1095,75 +982,43 @@ class Link:
 
 
 class Response:
-    """A backend's response: its head, and its body as it comes.
+    """A backend's response: its head, and its body as it comes; `whole` if `rest` is all of that.
 
-    `whole` tells that all of the body is here; `rest` is what came of it. `deadline` bounds read().
+    It holds the link on which it comes, and gives it back to the pool at the end of the body.
     """
 
-    def __init__(self, pool, request, status_line, index, lines, rest):
-        minor, self.status, self.reason = status_line
-        self.index, self.lines, self._pool, self._request = index, lines, pool, request
-        self.length = length = response_length(request.method, self.status, index, minor)
-        # Some send the body that a response to HEAD only announces: it must not be the next one's.
-        owed = not length and (b"transfer-encoding" in index
-                               or index.get(b"content-length", b"0") != b"0")
-        self._persistent = not owed and not request.link.half_sent and is_persistent(
-            index.get(b"connection", b""), minor)
-        self.deadline = float("inf")
-        self.whole, self.rest = 0 <= length <= len(rest), rest
+    def __init__(self, pool, request, head, rest):
+        self.head, self.rest, self._pool, self._request = head, rest, pool, request
+        self.link, self.whole = request.link, 0 <= head.length <= len(rest)
         if self.whole:
-            self.rest = rest[:length]
-            self._finish(len(rest) == length)
+            self.rest = rest[:head.length]
+            self._finish(len(rest) == head.length)
 
     def _finish(self, at_boundary):
         """The body is whole: keep the link if nothing else is on it."""
-        (self._pool.keep if at_boundary and self._persistent else self._pool.drop)(self._request)
-
-    def read(self):
-        """Return the body of a short response, and hold it; raises like pieces()."""
-        if not self.whole:
-            pieces, size = [], 0
-            for piece in self.pieces():
-                pieces.append(piece)
-                size += len(piece)
-                if size > MAX_HELD_BYTES or time.monotonic() > self.deadline:
-                    raise TooLong("sent a body that is too long, or comes too slowly")
-            self.whole, self.rest = True, b"".join(pieces)
-            self.length = len(self.rest)
-        return self.rest
-
-    def hold(self):
-        """Read the body, for as long as another backend can wait; what does not come is left out.
-
-        The link is not used again.
-        """
-        if not self.whole:
-            set_timeouts(self._request.link.sock, HOLD_SECONDS, HOLD_SECONDS)
-            self._persistent, self.deadline = False, time.monotonic() + HOLD_SECONDS
-            try:
-                self.read()
-            except APIError:
-                self.whole, self.rest, self.length = True, b"", 0
+        good = at_boundary and self.head.persistent and not self.link.half_sent
+        (self._pool.keep if good else self._pool.drop)(self._request)
 
     def pieces(self):
         """Yield the body as it comes; raises Broken or BackendTimeout if it is not whole."""
-        link, data, body = self._request.link, self.rest, Body(self.length)
+        data, body = self.rest, Body(self.head.length)
         while True:
             try:
                 piece = body.feed(data)
             except Malformed as error:
-                raise Broken(f"broke HTTP: {error.message}") from None
+                raise Broken(f"the backend broke HTTP: {error.message}") from None
             if body.done:
                 self._finish(not body.rest)
             if piece:
                 yield piece
             if body.done:
                 return
-            data = link.receive()
+            data = self.link.receive()
             if not data:
                 break
-        if data is None or self.length != UNTIL_CLOSE or self._request.cancelled:
-            raise Broken("closed the connection in the middle of its response")
+        if data is None or self.head.length != UNTIL_CLOSE or self._request.cancelled:
+            raise Broken("the backend closed the connection in the middle of its response; its own"
+                         " log may say why")
 
 
 class Pool(urllib.request.BaseHandler):
@@ -1174,11 +1029,10 @@ class Pool(urllib.request.BaseHandler):
     """
 
     def __init__(self, settings):
-        self._settings = settings
+        self._settings, self._lock, self._idle = settings, threading.Lock(), defaultdict(list)
         # Made at the start: without a descriptor left, one would silently trust nobody, for ever.
         self._tls = ssl.create_default_context() if any(  # honours SSL_CERT_FILE
             url.lower().startswith("https") for url in settings.backend_url) else None
-        self._lock, self._idle = threading.Lock(), defaultdict(list)
         self._dropped = NOT_RETURNED | CORS_FIELDS if settings.cors_origins else NOT_RETURNED
 
     def http_open(self, request):
@@ -1207,6 +1061,9 @@ class Pool(urllib.request.BaseHandler):
         link, data, failure = request.link, b"", NoAnswer
         if request.cancelled:
             raise ClientGone
+        if link.patience != request.patience:
+            link.patience = request.patience
+            set_timeouts(link.sock, request.patience, request.patience)
         target = request.selector if link.proxy_fields is None else request.full_url
         link.send(b"%b %b HTTP/1.1\r\n%b%b\r\n" % (
             request.method.encode(), target.encode(), request.fields, link.proxy_fields or b""),
@@ -1217,21 +1074,22 @@ class Pool(urllib.request.BaseHandler):
                 while end < 0:
                     piece = link.receive()
                     if not piece:
-                        raise failure("closed the connection before its response was there")
+                        raise failure("the backend closed the connection before its response was"
+                                      " there; its own log may say why")
                     data, scanned, failure = data + piece, len(data), Broken
                     end = find_head(data, scanned)
-                start, index, lines = parse_head(data[:end], self._dropped)
-                status_line, data = parse_status_line(start), data[end + 4:]
-                if status_line[1] >= 200:
-                    return Response(self, request, status_line, index, lines, data)
+                head = parse_response(data[:end], self._dropped, request.method == "HEAD")
+                data = data[end + 4:]
+                if head.status >= 200:
+                    return Response(self, request, head, data)
         except Malformed as error:
-            raise Broken(f"broke HTTP: {error.message}") from None
+            raise Broken(f"the backend broke HTTP: {error.message}") from None
 
     def _take(self, request):
         """Give the request a link; tell whether it was used before."""
         while True:
             with self._lock:
-                idle = self._idle[request.key]
+                idle = self._idle[request.backend.key]
                 link = request.link = idle.pop() if idle else None
             if not link:
                 self._dial(request)
@@ -1242,39 +1100,35 @@ class Pool(urllib.request.BaseHandler):
 
     def _dial(self, request):
         """Give the request a new link; http.client does TLS and CONNECT. Raises Unreachable."""
-        limits, key, proxy, login = self._settings, request.key, None, {}
+        timeout, scheme, host = self._settings.connect_timeout, request.type, request.host
+        proxy, login = None, {}
         try:
-            proxy = proxy_for(*key)
+            proxy = proxy_for(scheme, host)
             if proxy and proxy.username:
                 words = urllib.parse.unquote(f"{proxy.username}:{proxy.password or ''}")
                 login = {"Proxy-Authorization": f"Basic {b64encode(words.encode()).decode()}"}
-            address = proxy.netloc.rpartition("@")[2] if proxy else request.host
-            if request.type == "https":
-                connection = http.client.HTTPSConnection(
-                    address, timeout=limits.connect_timeout, context=self._tls)
-                if proxy:
-                    connection.set_tunnel(request.host, headers=login)
-            else:
-                connection = http.client.HTTPConnection(address, timeout=limits.connect_timeout)
+            address = proxy.netloc.rpartition("@")[2] if proxy else host
+            connection = http.client.HTTPSConnection(
+                address, timeout=timeout, context=self._tls) if scheme == "https" else (
+                http.client.HTTPConnection(address, timeout=timeout))
+            if proxy and scheme == "https":
+                connection.set_tunnel(host, headers=login)
             connection.connect()
         except (OSError, http.client.HTTPException, ValueError) as error:
-            if getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE) or (  # not its fault
-                    isinstance(error, socket.gaierror) and not a_descriptor_is_left()):
+            if getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE):  # not its fault
                 raise APIError(503, "too_many_connections", "the gateway has no descriptor left;"
                                " try again, or raise its limit (ulimit -n)",
-                               headers=(b"Retry-After: 1",)) from None
-            raise Unreachable(
-                f"the backend {request.type}://{request.host} cannot be reached"
-                f"{' by its proxy' if proxy else ''}: {error}; is it running? BACKEND_URL right?"
-            ) from None
+                               fields=b"Retry-After: 1\r\n") from None
+            raise Unreachable(f"the backend {scheme}://{host} cannot be reached"
+                              f"{' by its proxy' if proxy else ''}: {error}; is it running?"
+                              " BACKEND_URL right?") from None
         connection.sock.settimeout(None)
-        if request.type == "https":
+        if scheme == "https":
             connection.sock.suppress_ragged_eofs = False  # an end without its alert is a cut (9.8)
-        set_timeouts(connection.sock, limits.backend_timeout, limits.backend_timeout)
         fields = "".join(f"{name}: {value}\r\n" for name, value in login.items()).encode()
         with self._lock:
-            request.link = Link(connection.sock, key,
-                                fields if proxy and request.type == "http" else None)
+            request.link = Link(connection.sock, request.backend.key,
+                                fields if proxy and scheme == "http" else None)
 
     def keep(self, request):
         """Put the request's link back for the next request."""
@@ -1286,9 +1140,9 @@ class Pool(urllib.request.BaseHandler):
 
     def drop(self, request):
         """Close the request's link, if it holds one still."""
-        if request.link:
-            with self._lock:
-                link, request.link = request.link, None
+        with self._lock:
+            link, request.link = request.link, None
+        if link:
             link.sock.close()
 
     def cancel(self, request):
@@ -1308,7 +1162,7 @@ class Pool(urllib.request.BaseHandler):
         """Close the links that have been idle for too long."""
         before, old = time.monotonic() - IDLE_SECONDS, []
         with self._lock:
-            for links in list(self._idle.values()):
+            for links in self._idle.values():
                 while links and links[0].idle_since < before:  # the longest idle is first
                     old.append(links.pop(0))
         for link in old:
@@ -1318,41 +1172,37 @@ class Pool(urllib.request.BaseHandler):
 class Backend:
     """A server to forward to: its address, what it serves, and how it has been doing.
 
-    `models` are the cards of /v1/models by id, None if they are not known. While `up` is false,
-    nothing is sent before `retry_at`, and then one request every `back_off` seconds; `held` says
-    that it answered so itself, and no probe shortens that. `silent`: its last probe or request had
-    no answer in time. `probing` is the probe's BackendRequest. Changed under Backends' lock.
+    `models` are the cards of /v1/models, JSON texts by id, or None if they are not known. While
+    `up` is false, nothing is sent before `retry_at`, and then one request every `back_off` seconds.
+    `silent`: its last probe or request had no answer in time. Changed under Backends' lock.
     """
+
+    up, silent, models, probing, probed = True, False, None, None, False
+    back_off, retry_at, probe_at, in_flight, turn = 0, 0.0, 0.0, 0, 0
 
     def __init__(self, url):
         self.url, parts = url, urllib.parse.urlsplit(url)
-        self.scheme, self.host, self.path = parts.scheme, parts.netloc, parts.path
-        self.key, self.origin = (self.scheme, self.host), f"{self.scheme}://{self.host}"
-        self.host_line = b"Host: %b\r\n" % parts.netloc.encode()
-        self.up, self.held, self.back_off, self.retry_at = True, False, 0, 0.0
-        self.models, self.silent, self.in_flight, self.turn = None, False, 0, 0
-        self.probe_at, self.probing, self.probed = 0.0, None, False
+        self.key = self.scheme, self.host = parts.scheme, parts.netloc
+        self.path, self.origin = parts.path, f"{self.scheme}://{self.host}"
+        self.host_line = b"Host: %b\r\n" % self.host.encode()
 
     def is_free(self, now):
         """Tell whether a request may be sent to it."""
         return self.up or now >= self.retry_at
 
-    def state(self):
-        """Return what /readyz tells of it."""
-        return {"url": self.url, "up": self.up, "in_flight": self.in_flight,
-                "models": None if self.models is None else list(self.models)}
+    def serves(self, model, now):
+        """Tell whether it lists the model, or may have it as its models are not known."""
+        return self.is_free(now) if self.models is None else model in self.models
 
 
 def model_cards(body):
     """Return the cards of a list of models by id, in OpenAI's shape; None if it is no such list."""
     try:
-        cards = {card["id"]: {"id": card["id"], "object": "model", "created": 0,
-                              "owned_by": "backend"} | card for card in parse_json(body)["data"]}
-        # 1e999 is parsed to what is no JSON; and a reply has further levels around the cards.
-        json.dumps([[[[cards]]]], allow_nan=False)
+        return {card["id"]: json.dumps(
+            {"id": card["id"], "object": "model", "created": 0, "owned_by": "backend"} | card,
+            allow_nan=False) for card in parse_json(body)["data"]}
     except (APIError, KeyError, TypeError, ValueError, RecursionError):
         return None
-    return cards
 
 
 class Backends:
@@ -1360,14 +1210,10 @@ class Backends:
 
     def __init__(self, settings):
         self.settings, self.all = settings, [Backend(url) for url in settings.backend_url]
-        self.pool, self._interval = Pool(settings), settings.probe_interval
-        self._prober = Pool(argparse.Namespace(
-            **vars(settings) | {"backend_timeout": settings.connect_timeout}))
-        self._opener = urllib.request.OpenerDirector()
+        self.pool, self._opener = Pool(settings), urllib.request.OpenerDirector()
         self._opener.add_handler(self.pool)
         self._lock, self._turns = threading.Lock(), itertools.count(1)
         self.via = b"1.1 gateway-" + uuid.uuid4().hex[:16].encode()  # of all workers
-        self.via_line = b"Via: " + self.via
         self.authorization = b""  # the header line with the backends' key
 
     def open(self, request, record):
@@ -1375,52 +1221,54 @@ class Backends:
 
         What was sent decides, and the class of the failure proves it. A backend that could not be
         reached has not seen the request: the next one gets it. If one broke, or answered 429, 502,
-        503, 504 or 508, one other gets it, if it may be repeated. A time-out is final: the backend
-        may be at work. Of what came back, the last stands. Raises APIError, or ClientGone.
+        503, 504 or 508, one other gets it, if it may be repeated; such an answer waits on its link.
+        A time-out is final: the backend may be at work. Of what came back, the last stands. Raises
+        APIError, or ClientGone.
         """
-        tried, last, url, again, only_free = [], None, "", request.repeatable, False
+        tried, first, final, only_free = [], None, None, False
         while backend := self._choose(request, tried, only_free):
-            if tried:
-                if isinstance(last, Response):
-                    began = time.monotonic()
-                    last.hold()
-                    record.waited += time.monotonic() - began
-                self.release(request)
+            self.release(request)
             tried.append(backend)
             request.aim(backend)
             try:
                 answer = self._try(request, record)
-                if answer.status != 429 and answer.status not in BUSY:
+                only_free = answer.head.status == 429
+                if not only_free and answer.head.status not in BUSY:
                     return answer
             except Unreachable as error:
-                last, url = (last, url) if last else (error, backend.url)
+                final = final or error
                 continue
             except Broken as error:
-                answer = error
-            last, url = answer, backend.url
-            if not again:
+                answer, only_free = error, False
+            final = answer
+            if first or not request.repeatable:
                 break
-            again, only_free = False, isinstance(answer, Response) and answer.status == 429
-        record.backend = url
-        if isinstance(last, Response):
-            return last
-        if isinstance(last, Unreachable) and len(self.all) > 1:
+            first = answer
+            if isinstance(answer, Response):
+                request.spare, request.link = request.link, None
+        if final is first and request.spare:
+            request.link, request.spare = request.spare, None
+            if request.cancelled:
+                raise ClientGone
+        record.backend = final.backend.url
+        if isinstance(final, Response):
+            return final
+        if isinstance(final, Unreachable) and len(self.all) > 1:
             raise APIError(503, "no_healthy_backend", f"none of the backends can be reached"
-                           f" ({len(tried)} tried); try again", headers=(b"Retry-After: 1",))
-        raise last
+                           f" ({len(tried)} tried); try again", fields=b"Retry-After: 1\r\n")
+        raise final
 
-    def _choose(self, request, tried, only_free=False):
+    def _choose(self, request, tried, only_free):
         """Return the backend to try next, counted in, or None.
 
         It serves the model, or nobody does; it is up, or the one that may be tried the soonest; it
         is not silent, nor on trial with a request that cannot be repeated, if another can be had;
         and of those it has the fewest requests in flight, or has waited longest for its turn.
         """
-        now, model, left = time.monotonic(), request.model, self.all
+        now, left = time.monotonic(), self.all
         with self._lock:
-            if model is not None and len(left) > 1:
-                left = [b for b in left if (
-                    b.is_free(now) if b.models is None else model in b.models)] or left
+            if request.model is not None and len(left) > 1:
+                left = [b for b in left if b.serves(request.model, now)] or left
             left = [b for b in left if b not in tried and (not only_free or b.is_free(now))]
             if not left:
                 return None
@@ -1436,14 +1284,15 @@ class Backends:
 
     def _try(self, request, record):
         """Send the request to the backend that it is aimed at; note how that came out."""
-        backend, began = request.backend, time.monotonic()
-        record.backend, outcome = backend.url, "cancelled"
+        backend, began, outcome = request.backend, time.monotonic(), "cancelled"
+        record.backend = backend.url
         try:
             answer = self._opener.open(request)
-            outcome = f"{answer.status // 100}xx"
-            if answer.status in BUSY:
-                wait = answer.index.get(b"retry-after", b"") if answer.status == 503 else b""
-                self.failed(backend, f"it answered {answer.status}", True,
+            answer.backend, status = backend, answer.head.status
+            outcome = f"{status // 100}xx"
+            if status in BUSY:
+                wait = answer.head.index.get(b"retry-after", b"") if status == 503 else b""
+                self.failed(backend, f"it answered {status}",
                             min(int(wait[:9]), MAX_RETRY_AFTER) if wait.isdigit() else 0)
             elif backend.silent or not backend.up:
                 self.succeeded(backend)
@@ -1451,9 +1300,10 @@ class Backends:
         except APIError as error:
             if request.cancelled:
                 raise ClientGone from None
-            outcome = error.code
-            if isinstance(error, FAILURES):
-                backend.silent = isinstance(error, BackendTimeout) and self._interval > 0
+            error.backend, outcome = backend, error.code
+            if isinstance(error, BackendError):
+                backend.silent = (isinstance(error, BackendTimeout)
+                                  and self.settings.probe_interval > 0)  # which ends it
                 self.failed(backend, error.message)
             raise
         finally:
@@ -1462,20 +1312,26 @@ class Backends:
 
     def release(self, request):
         """The request has no more to do with its backend: stop what it still does for it."""
-        self.pool.drop(request)
+        if request.link:
+            self.pool.drop(request)
         if request.backend:
             with self._lock:
                 request.backend.in_flight -= 1
             request.backend = None
 
-    def failed(self, backend, why, held=False, wait=0):
+    def close(self, request):
+        """The request has ended."""
+        self.release(request)
+        if request.spare:
+            request.spare.sock.close()
+
+    def failed(self, backend, why, wait=0):
         """Leave the backend alone for a while, `wait` seconds if it said so."""
         with self._lock:
-            was_up, now = backend.up, time.monotonic()
+            was_up, now, backend.up = backend.up, time.monotonic(), False
             if was_up or now >= backend.retry_at:
                 backend.back_off = 1 if was_up else min(2 * backend.back_off, MAX_BACK_OFF)
                 backend.retry_at = now + backend.back_off
-            backend.up, backend.held = False, held or backend.held and not was_up
             backend.retry_at = max(backend.retry_at, now + wait)
             backend.probe_at = min(backend.probe_at, backend.retry_at)
         if was_up:
@@ -1485,68 +1341,68 @@ class Backends:
     def succeeded(self, backend):
         """The backend answers: it is up."""
         with self._lock:
-            was_up, backend.up, backend.held, backend.silent = backend.up, True, False, False
+            was_up, backend.up, backend.silent = backend.up, True, False
         if not was_up:
             note(self.settings, f"backend {backend.url} is up")
 
-    def expire(self):
-        """Close the links that have been idle for too long."""
-        self.pool.expire()
-        self._prober.expire()
-
     def probe_due(self):
-        """Start a thread for each backend whose probe is due."""
+        """Start a thread for each backend whose probe is due; end a probe that takes too long."""
+        now, interval = time.monotonic(), self.settings.probe_interval
         for backend in self.all:
-            now = time.monotonic()
-            if self._interval and now >= backend.probe_at and not backend.probing:
-                backend.probe_at = now + self._interval
-                backend.probing = request = BackendRequest(
-                    "GET", "/v1/models", b"User-Agent: gateway.py/%b (probe)\r\n%b\r\n%b" % (
-                        __version__.encode(), self.via_line, self.authorization), b"", None, True)
-                request.deadline = now + 2 * self.settings.connect_timeout
+            if interval and now >= backend.probe_at and not backend.probing:
+                backend.probe_at, limit = now + interval, self.settings.connect_timeout
+                backend.probing = BackendRequest(
+                    "GET", "/v1/models", b"User-Agent: gateway.py/%b (probe)\r\nVia: %b\r\n%b" % (
+                        __version__.encode(), self.via, self.authorization), b"", None, True, limit)
+                backend.probing.deadline = now + 2 * limit
                 try:
-                    start_new_thread(self._probe, (backend, request))
+                    start_new_thread(self._probe, (backend, backend.probing))
                 except RuntimeError:  # the system has no thread left
                     backend.probing = None
-            elif backend.probing and now > backend.probing.deadline:  # it comes byte by byte
-                self._prober.cancel(backend.probing)
+            elif backend.probing and now > backend.probing.deadline:
+                self.pool.cancel(backend.probing)
 
     def _probe(self, backend, request):
         """Ask a backend which models it serves, and so whether it is up.
 
-        Silence of one that is at work is no failure: some answer nothing while they generate.
+        A success counts once its back-off is over, as that of a request. Silence of one that is at
+        work is no failure: some answer nothing while they generate.
         """
         request.aim(backend)
         try:
-            answer = self._prober.http_open(request)
-            if answer.status in BUSY:
-                loop = ": is it this gateway?" if answer.status == 508 else ""
-                return self.failed(backend, f"it answered {answer.status} to a probe{loop}", True)
-            models = None
-            if answer.status == 200:
-                with suppress(TooLong):
-                    models = model_cards(answer.read())
-            backend.models = backend.models if models is None else models
-            if not (backend.held and time.monotonic() < backend.retry_at):
+            answer = self.pool.http_open(request)
+            if answer.head.status in BUSY:
+                return self.failed(backend, f"it answered {answer.head.status} to a probe")
+            size, pieces = 0, [answer.rest] if answer.whole else []
+            for piece in () if answer.whole else answer.pieces():
+                pieces.append(piece)
+                size += len(piece)
+                if size > MAX_LIST_BYTES:
+                    pieces = []
+                    break
+            if answer.head.status == 200:
+                backend.models = model_cards(b"".join(pieces)) or backend.models
+            if backend.is_free(time.monotonic()):
                 self.succeeded(backend)
         except APIError as error:
             backend.silent = isinstance(error, BackendTimeout) or request.cancelled
-            if isinstance(error, FAILURES) and not (backend.silent and backend.in_flight):
+            if isinstance(error, BackendError) and not (backend.silent and backend.in_flight):
                 self.failed(backend, error.message)
         except ClientGone:
             pass
         except Exception:
             note_internal_error(self.settings, backend.url)
         finally:
-            self._prober.drop(request)
+            self.pool.drop(request)
             backend.probing, backend.probed = None, True
 
     def models(self):
-        """Return the cards of the models of all backends that are up, or None if none is known."""
+        """Return the list of the models of all backends that are up as JSON, or None if none is
+        known; the first one's card of a model stays."""
         known, cards = [b.models for b in self.all if b.up and b.models is not None], {}
         for models in known:
-            cards |= models | cards  # the first one's card of a model stays
-        return list(cards.values()) if known else None
+            cards |= models | cards
+        return known and f'{{"object": "list", "data": [{", ".join(cards.values())}]}}'.encode()
 
 
 # == 6. Echo =======================================================================================
@@ -1555,22 +1411,22 @@ class Backends:
 # the backend to judge.
 
 
-def wrong_type(param, what):
-    """Return the error for a field of the wrong type."""
-    return APIError(400, "invalid_type", f"'{param}' must be {what}", param)
+def demand(condition, param, what, code="invalid_type"):
+    """Raise the error for a field that is not what it must be."""
+    if not condition:
+        raise APIError(400, code, f"'{param}' must be {what}", param)
 
 
 def text_of(message, param):
     """Return a message's text: its content, the text parts of that joined, or "" for null."""
-    if not isinstance(message, dict):
-        raise wrong_type(param, "an object {role, content}")
+    demand(isinstance(message, dict), param, "an object {role, content}")
     content = message.get("content")
     if isinstance(content, list):
         parts = [part.get("text") for part in content
                  if isinstance(part, dict) and part.get("type") == "text"]
         content = "".join(parts) if all(isinstance(part, str) for part in parts) else 0
-    if content is not None and not isinstance(content, str):
-        raise wrong_type(f"{param}.content", "a string or an array of content parts")
+    demand(content is None or isinstance(content, str), f"{param}.content",
+           "a string or an array of content parts")
     return content or ""
 
 
@@ -1578,25 +1434,20 @@ class Echo:
     """The answer to a chat completion request, in OpenAI's shapes; raises 400 if it is no such."""
 
     def __init__(self, asked, request_id):
-        messages, options = asked.get("messages"), asked.get("stream_options")
-        if messages is None:
-            raise APIError(400, "missing_required_parameter",
-                           "give 'messages', an array of {role, content}", "messages")
-        if not isinstance(messages, list):
-            raise wrong_type("messages", "an array of {role, content}")
-        if not messages:
-            raise APIError(400, "empty_array", "'messages' needs a message", "messages")
+        messages, what = asked.get("messages"), "an array of {role, content}"
+        demand(messages is not None, "messages", what, "missing_required_parameter")
+        demand(isinstance(messages, list), "messages", what)
+        demand(messages, "messages", f"{what}, with one at least", "empty_array")
         for name, kind, what in (("model", str, "a string"), ("stream", bool, "true or false"),
                                  ("stream_options", dict, "an object")):
-            if asked.get(name) is not None and not isinstance(asked[name], kind):
-                raise wrong_type(name, what)
+            demand(isinstance(asked.get(name), kind | None), name, what)
         texts = [text_of(message, f"messages[{i}]") for i, message in enumerate(messages)]
         said = [text for text, message in zip(texts, messages) if message.get("role") == "user"]
         self.text, self.model = "Echo: " + (said or texts)[-1], asked.get("model") or "echo"
         prompt, completion = sum(len(text.split()) for text in texts), len(self.text.split())
         self.usage = {"prompt_tokens": prompt, "completion_tokens": completion,
                       "total_tokens": prompt + completion}
-        self.with_usage = options and options.get("include_usage") is True
+        self.with_usage = (asked.get("stream_options") or {}).get("include_usage") is True
         self.base = {"id": request_id, "object": "chat.completion", "created": int(time.time()),
                      "model": self.model}
 
@@ -1645,11 +1496,11 @@ OPEN_PATHS = ("/healthz", "/readyz")  # need no key: who asks them has none
 OWN_PATHS = {"/healthz": READING, "/readyz": READING, "/metrics": READING,
              "*": (*READING, "POST")}
 ECHO_PATHS = {"/v1/chat/completions": ("POST",), "/v1/models": READING, "/v1/models/echo": READING}
-JSON_TYPE = b"Content-Type: application/json"
-METRICS_TYPE = b"Content-Type: text/plain; version=0.0.4; charset=utf-8"
-EVENT_TYPE = b"Content-Type: text/event-stream; charset=utf-8"
-UNBUFFERED = {b"cache-control": b"Cache-Control: no-cache",  # asks proxies before us to pass events
-              b"x-accel-buffering": b"X-Accel-Buffering: no"}
+JSON_TYPE = b"Content-Type: application/json\r\n"
+METRICS_TYPE = b"Content-Type: text/plain; version=0.0.4; charset=utf-8\r\n"
+EVENT_TYPE = b"Content-Type: text/event-stream; charset=utf-8\r\n"
+UNBUFFERED = {b"cache-control": b"Cache-Control: no-cache\r\n",  # for proxies before us
+              b"x-accel-buffering": b"X-Accel-Buffering: no\r\n"}
 
 
 def request_ids():
@@ -1658,8 +1509,8 @@ def request_ids():
     To ask the system for random bytes each time took 7% of a request, and a hand-off of the GIL.
     """
     first = str(uuid.uuid4())
-    for number in itertools.count(int(first[24:], 16)):
-        yield f"{first[:24]}{number & 0xffffffffffff:012x}"
+    for last in itertools.count(int(first[24:], 16)):
+        yield f"{first[:24]}{last & 0xffffffffffff:012x}"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -1670,12 +1521,12 @@ class Handler(BaseHTTPRequestHandler):
     tells that it waits for a request, since `idle_since`.
     """
 
+    buffer, patience, record, forwarding, idle, deaf, length = b"", 0, None, None, False, False, 0
+
     def setup(self):
-        self.settings, self.connection = self.server.settings, self.request
-        self.buffer, self.patience, self.record, self.forwarding = b"", 0, None, None
-        self.idle, self.deaf, self.length, self.ids = False, False, 0, request_ids()
+        self.settings, self.connection, self.ids = self.server.settings, self.request, request_ids()
         self.idle_since = time.monotonic()
-        self.server.connections[self.connection] = self
+        self.server.connections[self.request] = self
         with suppress(OSError):  # it may be reset already
             self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -1718,12 +1569,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_one_request(self):
         """Serve one request. Whatever happens, it ends in one reply and one line of the log."""
-        self.close_connection, self.length, self.minor = True, 0, 1
-        self.begun = self.expects = self.at_boundary = self.ends_by_closing = False
-        self.cors = []
+        self.close_connection = True
         if not self.receive_first():
             return
-        self.length = UNTIL_CLOSE
+        self.length, self.minor, self.cors = UNTIL_CLOSE, 1, b""
+        self.begun = self.expects = self.at_boundary = self.ends_by_closing = self.chunked = False
         record = self.record = Record(self.client_address[0])
         try:
             self.read_head()
@@ -1750,16 +1600,16 @@ class Handler(BaseHTTPRequestHandler):
         self.idle_since = time.monotonic()
         deadline = self.idle_since + self.settings.client_timeout
         try:
-            while True:
+            while self.buffer in (b"", b"\r") or self.buffer[:2] == b"\r\n":
                 if self.buffer[:2] == b"\r\n":
                     self.buffer = self.buffer[EMPTY_LINES.match(self.buffer).end():]
-                if self.buffer not in (b"", b"\r"):
-                    return True
+                    continue
                 self.idle = True
                 piece = self.receive(deadline)
                 if not piece:
                     return False
                 self.buffer += piece
+            return True
         except APIError:
             return False
         finally:
@@ -1786,7 +1636,7 @@ class Handler(BaseHTTPRequestHandler):
                        close=True)
 
     def read_head(self):
-        """Read and judge the request's head: request id, method, target, framing, persistence."""
+        """Read and judge the request's head: `asked` is what it says."""
         scanned, deadline, record = 0, None, self.record
         while (end := find_head(self.buffer, scanned)) < 0:
             scanned = len(self.buffer)
@@ -1795,17 +1645,15 @@ class Handler(BaseHTTPRequestHandler):
             if not piece:
                 raise Malformed("the head of the request was cut off")
             self.buffer += piece
-        line, index, self.lines = parse_head(self.buffer[:end], self.server.not_forwarded)
-        self.index, record.request_id = index, accepted_request_id(index, self.ids)
+        asked = self.asked = parse_request(self.buffer[:end], self.server.not_forwarded)
+        self.buffer, self.length, self.minor = self.buffer[end + 4:], asked.length, asked.minor
+        record.method, record.path, index = asked.method, asked.path, asked.index
+        record.request_id = accepted_request_id(index, self.ids)
+        self.close_connection = not asked.persistent
         if self.settings.cors_origins:
-            self.cors = cors_lines(index.get(b"origin"), self.settings.cors_origins)
-        if trace := TRACE.fullmatch(index.get(b"traceparent", b"")):
+            self.cors = cors_fields(index.get(b"origin"), self.settings.cors_origins)
+        if b"traceparent" in index and (trace := TRACE.fullmatch(index[b"traceparent"])):
             record.trace_id = trace[1].decode()
-        record.method, target, self.minor = parse_request_line(line)
-        self.authority, record.path, self.target = parse_target(
-            record.method, target, index.get(b"host"), self.minor)
-        self.length, self.buffer = request_length(index, self.minor), self.buffer[end + 4:]
-        self.close_connection = not is_persistent(index.get(b"connection", b""), self.minor)
         if self.minor and b"expect" in index:
             self.expects = True
             if index[b"expect"].lower() != b"100-continue":
@@ -1818,22 +1666,20 @@ class Handler(BaseHTTPRequestHandler):
         100 Continue goes out here (RFC 9110, 10.1.1), for by now the request is one to be answered.
         The deadline moves with what has come: a slow line is served, a stalled one is not.
         """
-        limit, length = self.settings.max_body_bytes, self.length
+        limit, length, data = self.settings.max_body_bytes, self.length, self.buffer
         if length > limit:
-            raise TooLarge(limit)
-        if 0 <= length <= len(self.buffer):  # it came with the head, as most do
-            body, self.buffer = self.buffer[:length], self.buffer[length:]
-            self.length, self.expects = 0, False
-            return body
-        began, body = time.monotonic(), Body(length)
-        if self.expects and self.length and not self.buffer:
+            raise body_too_large(limit)
+        if 0 <= length <= len(data):  # it came with the head, as most do
+            self.buffer, self.length, self.expects = data[length:], 0, False
+            return data[:length]
+        if self.expects and not data:
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        pieces, received, data = [], 0, self.buffer
+        began, body, pieces, received = time.monotonic(), Body(length), [], 0
         while True:
             pieces.append(body.feed(data))
             received += len(pieces[-1])
             if received > limit:
-                raise TooLarge(limit)
+                raise body_too_large(limit)
             if body.done:
                 self.buffer, self.length, self.expects = body.rest, 0, False
                 return b"".join(pieces)
@@ -1845,95 +1691,90 @@ class Handler(BaseHTTPRequestHandler):
 
     def dispatch(self):
         """Answer the request whose head has been read."""
-        record, path, backends = self.record, self.record.path, self.server.backends
-        preflight = record.method == "OPTIONS" and len(self.cors) > 1 and (
-            b"access-control-request-method" in self.index)
-        if (preflight or path in OPEN_PATHS) and not 0 <= self.length <= SKIP_BYTES:
-            raise TooLarge(SKIP_BYTES)  # who sends it may have no key
-        if preflight:
-            return self.answer_preflight()
-        if self.server.keys and path not in OPEN_PATHS:
-            self.authenticate()
+        method, path, index = self.asked.method, self.asked.path, self.asked.index
+        backends, is_open = self.server.backends, path in OPEN_PATHS
+        preflight = (method == "OPTIONS" and b"access-control-request-method" in index
+                     and b"Allow-Origin" in self.cors)
+        if (preflight or is_open) and not 0 <= self.length <= SKIP_BYTES:
+            raise body_too_large(SKIP_BYTES)  # who sends it may have no key
+        if preflight:  # a browser asks without a key what a page may send (Fetch standard, 4.8)
+            self.read_body()
+            wanted = index.get(b"access-control-request-headers", b"")
+            return self.reply(204, b"", b"Access-Control-Allow-Methods: %b\r\n"
+                              b"Access-Control-Allow-Headers: %b\r\n"
+                              b"Access-Control-Max-Age: 7200\r\n" % (
+                                  ", ".join(METHODS).encode(), wanted))
+        if self.server.keys and not is_open:
+            self.record.key = key_name(self.server.keys, index.get(b"authorization", b"")) or "-"
+            if self.record.key == "-":
+                raise APIError(401, "invalid_api_key", "send a valid key of this gateway:"
+                               " 'Authorization: Bearer KEY'",
+                               fields=b"WWW-Authenticate: Bearer\r\n")
         methods = self.server.paths.get(path)
         if methods is None and path.startswith("/v1/") and backends:
-            if record.method not in ("CONNECT", "TRACE"):  # which are about the way, not the end
+            if method not in ("CONNECT", "TRACE"):  # which are about the way, not the end
                 return self.forward()
             methods = METHODS
         if methods is None:
             raise APIError(404, "unknown_url", f"nothing is at {printable(path)}; use the base URL"
                            " http://HOST:PORT/v1" + ("" if backends else
                                                      " (in echo mode: chat/completions, models)"))
-        allow = f"Allow: {', '.join(methods)}, OPTIONS".encode()
-        if record.method not in (*methods, "OPTIONS"):
+        allow = f"Allow: {', '.join(methods)}, OPTIONS\r\n".encode()
+        if method not in (*methods, "OPTIONS"):
             raise APIError(405, "method_not_allowed", f"{path} takes {', '.join(methods)}",
-                           headers=(allow,))
+                           fields=allow)
         body = self.read_body()
-        if record.method == "OPTIONS":
-            self.reply(204, b"", (allow,))
+        if method == "OPTIONS":
+            self.reply(204, b"", allow)
         elif path == "/healthz":
             self.reply(200, b'{"status": "ok"}')
         elif path == "/readyz":
-            status, state = self.server.readiness()
-            self.reply(status, json.dumps(state).encode())
+            self.reply(*self.server.readiness())
         elif path == "/metrics":
-            self.reply(200, self.server.metrics_text(), (), METRICS_TYPE)
+            self.reply(200, self.server.metrics_text(), kind=METRICS_TYPE)
         elif path == "/v1/chat/completions":
             self.echo(parse_json(body))
         else:
             models = {"object": "list", "data": [ECHO_MODEL]}
             self.reply(200, json.dumps(models if path == "/v1/models" else ECHO_MODEL).encode())
 
-    def authenticate(self):
-        """Note the name of the client's key; raises 401 if it has none of ours."""
-        name = key_name(self.server.keys, self.index.get(b"authorization", b""))
-        if name is None:
-            raise APIError(401, "invalid_api_key", "send a valid key of this gateway:"
-                           " 'Authorization: Bearer KEY'", headers=(b"WWW-Authenticate: Bearer",))
-        self.record.key = name
-
-    def answer_preflight(self):
-        """Tell a browser what a page may send; it asks without a key (Fetch standard, 4.8)."""
-        self.read_body()
-        asked = self.index.get(b"access-control-request-headers")
-        self.reply(204, b"", [
-            b"Access-Control-Allow-Methods: " + ", ".join(METHODS).encode(),
-            b"Access-Control-Max-Age: 7200",
-            *([b"Access-Control-Allow-Headers: " + asked] if asked else [])])
-
     def echo(self, asked):
         """Answer a chat completion request by ourselves."""
-        echo = Echo(asked, self.record.request_id)
-        self.record.model, self.record.stream = printable(echo.model), bool(asked.get("stream"))
-        if echo.with_usage or not self.record.stream:
-            self.record.usage = tuple(echo.usage.values())[:2]
-        if not self.record.stream:
+        echo, record = Echo(asked, self.record.request_id), self.record
+        record.model, record.stream = printable(echo.model), bool(asked.get("stream"))
+        if echo.with_usage or not record.stream:
+            record.usage = tuple(echo.usage.values())[:2]
+        if not record.stream:
             return self.reply(200, echo.completion())
-        self.begin(200, b"OK", [EVENT_TYPE, *UNBUFFERED.values(), self.server.date], UNTIL_CLOSE)
+        self.begin(200, b"OK", EVENT_TYPE + b"".join(UNBUFFERED.values()) + self.server.date,
+                   UNTIL_CLOSE)
         self.write(b"")
-        self.record.first_piece = time.monotonic()
+        record.first_piece = time.monotonic()
         for piece in echo.events():
             self.write_piece(piece)
         self.write_end()
 
     def forward(self):
         """Answer with what a backend answers."""
-        record, server, backends = self.record, self.server, self.server.backends
+        record, server, backends, asked = (
+            self.record, self.server, self.server.backends, self.asked)
         body, record.asked = self.read_body(), time.monotonic()
-        if backends.via in self.index.get(b"via", b""):
+        if backends.via in asked.index.get(b"via", b""):
             raise APIError(508, "loop_detected", "the request has been here before: BACKEND_URL"
                            " leads back to this gateway")
-        if len(backends.all) > 1 and record.path == "/v1/models" and (
-                record.method in READING and (cards := backends.models()) is not None):
-            return self.reply(200, json.dumps({"object": "list", "data": cards}).encode())
+        if len(backends.all) > 1 and asked.path == "/v1/models" and asked.method in READING and (
+                models := backends.models()):
+            return self.reply(200, models)
         request = self.forwarding = BackendRequest(
-            record.method, self.target, self.fields_for(body), body, self.look_into(body),
-            record.method in READING or record.method == "POST" and record.path in REPEATABLE)
+            asked.method, asked.target, self.fields_for_backend(body), body, self.look_into(body),
+            asked.method in READING or asked.method == "POST" and asked.path in REPEATABLE,
+            self.settings.backend_timeout)
         try:
             server.admission.enter(request, record)
             try:
                 self.relay(backends.open(request, record))
             finally:
-                backends.release(request)
+                backends.close(request)
                 server.admission.leave()
         except APIError:
             if request.cancelled:
@@ -1947,17 +1788,17 @@ class Handler(BaseHTTPRequestHandler):
 
         Raises 400 for what must be a JSON object and is none.
         """
-        record, model = self.record, None
-        if record.method != "POST":
-            return urllib.parse.unquote(record.path.removeprefix("/v1/models/")) if (
-                record.path.startswith("/v1/models/")) else None
-        kind = self.index.get(b"content-type", b"").lower()
-        if record.path in PARSED or kind.startswith(b"application/json") or body[:1] == b"{":
+        record, path, model = self.record, self.asked.path, None
+        if self.asked.method != "POST":
+            below = path.startswith("/v1/models/")
+            return urllib.parse.unquote(path.removeprefix("/v1/models/")) if below else None
+        kind = self.asked.index.get(b"content-type", b"").lower()
+        if path in PARSED or kind.startswith(b"application/json") or body[:1] == b"{":
             try:
                 asked = parse_json(body)
                 record.stream, model = asked.get("stream") is True, asked.get("model")
             except APIError:
-                if record.path in PARSED:
+                if path in PARSED:
                     raise
         elif kind.startswith(b"multipart/form-data"):
             field = FORM_MODEL.search(body[:FORM_BYTES]) or FORM_MODEL.search(body[-FORM_BYTES:])
@@ -1967,80 +1808,77 @@ class Handler(BaseHTTPRequestHandler):
         record.model = printable(model)
         return model
 
-    def fields_for(self, body):
+    def fields_for_backend(self, body):
         """Return the request's header lines for a backend, but for Host: the client's and ours."""
-        index, record, backends = self.index, self.record, self.server.backends
-        before = index[b"x-forwarded-for"] + b", " if index.get(b"x-forwarded-for") else b""
-        lines = [*self.lines, backends.via_line, b"X-Request-ID: " + record.request_id.encode(),
-                 b"X-Forwarded-For: %b%b" % (before, record.client.encode()),
-                 b"X-Forwarded-Proto: " + index.get(b"x-forwarded-proto", self.server.scheme)]
-        if host := index.get(b"x-forwarded-host", self.authority):  # HTTP/1.0 may have none
-            lines.append(b"X-Forwarded-Host: " + host)
-        if body or record.method in WRITING:  # even if it is empty (RFC 9110, 8.6)
-            lines.append(b"Content-Length: %d" % len(body))
-        lines.append(backends.authorization)
-        return b"\r\n".join(lines)
+        asked, record, backends = self.asked, self.record, self.server.backends
+        index, before = asked.index, asked.index.get(b"x-forwarded-for")
+        host = index.get(b"x-forwarded-host", asked.authority)  # HTTP/1.0 may have none
+        return b"".join((
+            asked.fields, b"Via: ", backends.via, b"\r\nX-Request-ID: ", record.request_id.encode(),
+            b"\r\nX-Forwarded-For: ", before + b", " if before else b"", record.client.encode(),
+            b"\r\nX-Forwarded-Proto: ", index.get(b"x-forwarded-proto", self.server.scheme),
+            b"\r\n", b"X-Forwarded-Host: %b\r\n" % host if host else b"",
+            b"Content-Length: %d\r\n" % len(body) if body or asked.method in WRITING else b"",
+            backends.authorization))
 
     def relay(self, response):
         """Pass the response on; raises Broken if it does not become whole."""
-        index, length, record = response.index, response.length, self.record
-        events = (index.get(b"content-type", b"").lower().startswith(b"text/event-stream")
-                  and b"content-encoding" not in index)
-        lines = self.lines_for_client(response, events)
-        if record.method == "HEAD" or response.status in (204, 304):
-            self.begin(response.status, response.reason, lines, None)
+        head, record = response.head, self.record
+        events = (head.index.get(b"content-type", b"").lower().startswith(b"text/event-stream")
+                  and b"content-encoding" not in head.index)
+        bodiless = record.method == "HEAD" or head.status in (204, 304)
+        self.begin(head.status, head.reason, self.fields_for_client(head, events, bodiless),
+                   None if bodiless else UNTIL_CLOSE if events and not response.whole
+                   else head.length)
+        if bodiless:
             return self.write(b"")
-        answered = record.method == "POST" and response.status == 200
         if response.whole:
-            self.begin(response.status, response.reason, lines, length)
-            record.bytes = length
+            record.bytes = head.length
             self.write(response.rest)
-            record.usage = token_usage(response.rest) if answered else ()
-            return
-        self.begin(response.status, response.reason, lines, UNTIL_CLOSE if events else length)
-        self.write(b"")
-        try:
-            end_of_body = (self.relay_events if events else self.relay_body)(response)
-        except (Broken, BackendTimeout) as error:
-            if not self.forwarding.cancelled:
-                self.server.backends.failed(self.forwarding.backend, error.message)
-            raise
-        record.usage = token_usage(end_of_body) if answered else ()
-        self.write_end()
+            usage = token_usage(response.rest)
+        else:
+            self.write(b"")
+            try:
+                usage = (self.relay_events if events else self.relay_body)(response)
+            except BackendError as error:
+                if not self.forwarding.cancelled:
+                    self.server.backends.failed(response.backend, error.message)
+                raise
+            self.write_end()
+        if record.method == "POST" and head.status == 200:
+            record.usage = usage
 
-    def lines_for_client(self, response, events):
+    def fields_for_client(self, head, events, bodiless):
         """Return the response's header lines for the client: the backend's and our own."""
-        index, lines = response.index, response.lines
+        index, fields = head.index, head.fields
         theirs = index.get(b"x-request-id", index.get(b"x-backend-request-id"))
         if theirs and theirs != self.record.request_id.encode():
-            lines.append(b"X-Backend-Request-ID: " + theirs)
+            fields += b"X-Backend-Request-ID: %b\r\n" % theirs
         if b"date" not in index:
-            lines.append(self.server.date)
-        if b"content-length" in index and (  # what a GET would have
-                response.status == 304 or self.record.method == "HEAD" and response.status != 204):
-            lines.append(b"Content-Length: " + index[b"content-length"])
-        elif events and self.record.method != "HEAD" and response.status not in (204, 304):
-            lines += [line for name, line in UNBUFFERED.items() if name not in index]
-        return lines
+            fields += self.server.date
+        if bodiless and b"content-length" in index and head.status != 204:  # what a GET would have
+            fields += b"Content-Length: %b\r\n" % index[b"content-length"]
+        if events and not bodiless:
+            fields += b"".join(line for name, line in UNBUFFERED.items() if name not in index)
+        return fields
 
     def relay_body(self, response):
-        """Pass each piece of the body on as it comes, and return the last of its bytes."""
+        """Pass each piece of the body on as it comes, and return the usage that its end tells."""
         recent = b""
         for piece in response.pieces():
             recent = (recent + piece)[-USAGE_BYTES:]
             self.write_piece(piece)
-        return recent
+        return token_usage(recent)
 
     def relay_events(self, response):
-        """Pass each piece of an event stream on, and return the one that told the usage.
+        """Pass each piece of an event stream on, and return the usage that was told last.
 
         What is behind the last whole event is held back: if the backend dies, an error event can
         follow at a boundary.
         """
-        usage = last = tail = b""
-        self.at_boundary = True
-        unproven = response.length == UNTIL_CLOSE  # only [DONE] tells that such a one is whole
-        line_begins = True
+        usage, last, tail = (), b"", b""
+        self.at_boundary = line_begins = True
+        unproven = response.head.length == UNTIL_CLOSE  # only [DONE] tells that such a one is whole
         for piece in response.pieces():
             piece = tail + piece
             end = events_end(piece)
@@ -2053,50 +1891,46 @@ class Handler(BaseHTTPRequestHandler):
                     self.record.first_piece = time.monotonic()
                 last = piece[:end]
                 self.write_piece(last)
-                if b'_tokens"' in last and USAGE.search(last):
-                    usage = last
+                usage = token_usage(last) or usage
                 if unproven:
                     unproven = not LAST_EVENT.search(b"\n" + last if line_begins else last)
                     line_begins = last[-1] in b"\r\n"
         if unproven and not LAST_EVENT.search(b"\n" + tail if line_begins else tail) and (
-                tail or self.record.path in PARSED and response.status == 200):
-            raise Broken("closed the connection before the end of its event stream")
+                tail or self.record.path in PARSED and response.head.status == 200):
+            raise Broken("the backend closed the connection before the end of its event stream; its"
+                         " own log may say why")
         if tail:
             self.write_piece(tail)
-        return tail if USAGE.search(tail) else usage
+        return token_usage(tail) or usage
 
-    def reply(self, status, body=b"", lines=(), kind=JSON_TYPE):
+    def reply(self, status, body=b"", fields=b"", kind=JSON_TYPE):
         """Answer with a body of our own."""
-        lines = [*lines, kind, self.server.date] if body else [*lines, self.server.date]
-        self.begin(status, HTTPStatus(status).phrase.encode(), lines,
-                   len(body) if status != 204 else None)
+        self.begin(status, HTTPStatus(status).phrase.encode(),
+                   fields + (kind if body else b"") + self.server.date,
+                   None if status == 204 else len(body))
         body = b"" if self.record.method == "HEAD" else body
         self.record.bytes = len(body)
         self.write(body)
 
-    def begin(self, status, reason, lines, length):
+    def begin(self, status, reason, fields, length):
         """Make the head of the reply ready; it goes out with the first write.
 
         `length` is that of the body; None for a head that needs no framing. An unknown one is
         framed as chunks, or for a client of HTTP/1.0 by closing.
         """
-        self.chunked, self.record.status = False, status
-        framing = b""
-        if length is None:
-            pass
-        elif 0 <= length < UNTIL_CLOSE:
+        self.record.status, framing = status, b""
+        if length is not None and 0 <= length < UNTIL_CLOSE:
             framing = b"Content-Length: %d\r\n" % length
-        elif self.minor:
+        elif length is not None and self.minor:
             self.chunked, framing = True, b"Transfer-Encoding: chunked\r\n"
-        else:
+        elif length is not None:
             self.close_connection = self.ends_by_closing = True
         if self.close_connection or self.server.draining:
             self.close_connection, framing = True, framing + b"Connection: close\r\n"
         elif not self.minor:
             framing += b"Connection: keep-alive\r\n"
-        self.pending = b"\r\n".join((
-            b"HTTP/1.1 %d %b" % (status, reason), *lines, *self.cors, framing + b"X-Request-ID: "
-            + self.record.request_id.encode(), b"", b""))
+        self.pending = b"HTTP/1.1 %d %b\r\n%b%b%bX-Request-ID: %b\r\n\r\n" % (
+            status, reason, fields, self.cors, framing, self.record.request_id.encode())
 
     def write_piece(self, piece):
         """Write a piece of a body of unknown length, behind its head; an empty one would end it."""
@@ -2106,14 +1940,12 @@ class Handler(BaseHTTPRequestHandler):
     def write_end(self):
         """End a body of unknown length: it is whole."""
         if self.chunked:
-            self.write(b"0\r\n\r\n")
+            self.send(b"0\r\n\r\n")
 
     def write(self, data):
-        """Send a part of the reply, with its head before the first."""
-        if not self.begun:
-            self.begun, data = True, self.pending + data
-            self.record.first = time.monotonic()
-        self.send(data)
+        """Send the head of the reply, and a part of its body or all of it."""
+        self.begun, self.record.first = True, time.monotonic()
+        self.send(self.pending + data)
 
     def send(self, data):
         """Send bytes as fast as the client takes them; raises ClientGone if it does not."""
@@ -2132,20 +1964,17 @@ class Handler(BaseHTTPRequestHandler):
         record, record.outcome = self.record, error.code
         record.result = "cut" if self.begun else "failed" if error.status >= 500 else "refused"
         if not record.request_id:  # the head was not understood; an id in it counts all the same
-            lines = REQUEST_ID_LINE.findall(self.buffer.partition(b"\r\n\r\n")[0])
+            lines = self.buffer.partition(b"\r\n\r\n")[0].split(b"\r\n")[:0:-1]
+            known = (match for line in lines if (match := FIELD.fullmatch(line)))
             record.request_id = accepted_request_id(
-                {name.lower(): value for name, value in lines[::-1]}, self.ids)
+                {match[1].lower(): match[2].strip(b" \t") for match in known}, self.ids)
         try:
             if self.begun:
                 self.close_connection = True
-                if self.at_boundary:
-                    self.write_piece(event(error.body()))
-                else:
-                    self.cut()
-                return
+                return self.write_piece(event(error.body())) if self.at_boundary else self.cut()
             if error.close or self.expects or not 0 <= self.length <= SKIP_BYTES:
                 self.close_connection = True
-            self.reply(error.status, error.body(), error.headers)
+            self.reply(error.status, error.body(), error.fields)
             if not self.close_connection:
                 self.read_body()
         except (APIError, ClientGone):
@@ -2153,9 +1982,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def give_up(self):
         """Stop: the client has gone, or has at least closed its half of the connection."""
-        self.close_connection, self.length = True, 0
-        self.record.status, self.record.outcome = 499, "client_closed"
-        self.record.result = "client_closed"
+        self.close_connection, self.length, record = True, 0, self.record
+        record.status, record.outcome, record.result = 499, "client_closed", "client_closed"
         self.cut()
 
     def cut(self):
@@ -2211,7 +2039,7 @@ class Admission:
             raise ClientGone
         raise APIError(429, "concurrency_limit", "as many requests as MAX_CONCURRENT_REQUESTS"
                        " allows are in flight; try again",
-                       headers=(b"Retry-After: 1", b"retry-after-ms: 1000"))
+                       fields=b"Retry-After: 1\r\nretry-after-ms: 1000\r\n")
 
     def leave(self):
         """Give the place to the next in turn."""
@@ -2227,32 +2055,35 @@ class Server(ThreadingHTTPServer):
     """The listening socket, and the connections: a dict of socket to Handler (None at first).
 
     It is made before any worker is forked: they share the socket, the metrics and the keys, and
-    `loads`, the number of connections that each has; `number` is this worker's. `all_stop` becomes
-    1 when all of them are told to stop.
+    `loads`, the number of connections that each has; `number` is this worker's.
     """
 
     request_queue_size = 4096  # the stock backlog of 5 loses connections in any burst
     allow_reuse_address = os.name == "posix"  # elsewhere it would let two servers share a port
+    draining, supervisor, number, date, next_sweep = False, None, 0, b"", 0.0
 
     def __init__(self, settings):
-        self.settings, self.connections, self.parting, self.draining = settings, {}, [], False
+        self.settings, self.connections, self.parting = settings, {}, []
         self.metrics = Metrics(settings.workers, settings.backend_url)
-        self.supervisor, self.number = None, 0
         self.loads = memoryview(mmap.mmap(-1, 8 * settings.workers)).cast("q")
-        self.all_stop = mmap.mmap(-1, 1)
         self.backends = Backends(settings) if settings.backend_url else None
         self.admission = Admission(settings.max_concurrent_requests, settings.queue_timeout)
         self.paths = OWN_PATHS if self.backends else OWN_PATHS | ECHO_PATHS
         self.take_over(settings.secrets, settings.tls)
-        self.date, self.next_sweep = b"", 0.0  # no sweep yet: its threads would not be forked
         if settings.listen_fd is None:
             self.address_family = socket.getaddrinfo(settings.host, settings.port, flags=(
                 socket.AI_PASSIVE), type=socket.SOCK_STREAM)[0][0]
         super().__init__((settings.host, settings.port), Handler)
 
     def reload(self):
-        """Read the keys and the certificate again; raises ValueError, and changes nothing."""
-        self.take_over(read_secrets(self.settings), make_tls(self.settings))
+        """Read the keys and the certificate again; the old ones stay if that cannot be done."""
+        try:
+            self.take_over(read_secrets(self.settings), make_tls(self.settings))
+            said = "the files with keys and certificates were read again, if there are any"
+        except ValueError as error:
+            said = f"the old keys and certificate stay: {error}"
+        if self.supervisor in (None, os.getpid()):
+            note(self.settings, f"SIGHUP: {said}")
 
     def take_over(self, secrets, tls):
         """Take these keys and this certificate from here on."""
@@ -2305,8 +2136,6 @@ class Server(ThreadingHTTPServer):
                     time.sleep(SWEEP_SECONDS)
                 raise
             request.setblocking(True)  # BSDs pass the listener's mode on
-            if self.draining:
-                require_hops(request, 0)  # and Linux this
             if left:
                 try:
                     self.process_request(request, address)
@@ -2330,13 +2159,13 @@ class Server(ThreadingHTTPServer):
                 self.connections.pop(request)
         body = APIError(503, "too_many_connections", "the gateway has no room for one more"
                         " connection; try again, or raise MAX_CONNECTIONS").body()
-        head = (f"HTTP/1.1 503 Service Unavailable\r\n{self.date.decode()}\r\nRetry-After: 1\r\n"
-                f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-                f"X-Request-ID: {uuid.uuid4()}\r\nConnection: close\r\n\r\n")
         with suppress(OSError):
             request.setblocking(False)
             if not self.tls:  # no handshake is done here
-                request.send(head.encode() + body)
+                request.send(
+                    b"HTTP/1.1 503 Service Unavailable\r\n%b%bContent-Length: %d\r\nRetry-After: 1"
+                    b"\r\nX-Request-ID: %b\r\nConnection: close\r\n\r\n%b" % (
+                        JSON_TYPE, self.date, len(body), next(request_ids()).encode(), body))
             request.shutdown(socket.SHUT_WR)
         self.parting.append((time.monotonic() + PARTING_SECONDS, request))
 
@@ -2359,16 +2188,16 @@ class Server(ThreadingHTTPServer):
     def sweep(self):
         """Cancel what is forwarded for clients that have gone; close what is due to be closed."""
         self.next_sweep = time.monotonic() + SWEEP_SECONDS
-        self.date, forwarding = f"Date: {formatdate(usegmt=True)}".encode(), {}
-        for handler in list(self.connections.values()):
-            if handler and not handler.deaf and (
-                    (request := handler.forwarding) and not request.cancelled):
-                forwarding[handler.connection.fileno()] = request
+        self.date = f"Date: {formatdate(usegmt=True)}\r\n".encode()
+        forwarding = {handler.connection.fileno(): request
+                      for handler in list(self.connections.values()) if handler
+                      and (request := handler.forwarding)
+                      and not (handler.deaf or request.cancelled)}
         for descriptor in hung_up(forwarding):
             self.backends.pool.cancel(forwarding[descriptor])
         self.set_gauges()
         if self.backends:
-            self.backends.expire()
+            self.backends.pool.expire()
             self.backends.probe_due()
         if self.supervisor and os.getppid() != self.supervisor:  # it was killed
             os.kill(os.getpid(), signal.SIGTERM)
@@ -2380,8 +2209,9 @@ class Server(ThreadingHTTPServer):
         waiting = len(self.admission.queue)
         forwarding = sum(1 for handler in list(self.connections.values())
                          if handler and handler.forwarding)
-        self.metrics.set("gateway_requests_in_flight", max(forwarding - waiting, 0))
-        self.metrics.set("gateway_queue_depth", waiting)
+        row, places = self.metrics.row, self.metrics.places
+        row[places["gateway_requests_in_flight",]] = max(forwarding - waiting, 0)
+        row[places["gateway_queue_depth",]] = waiting
 
     def metrics_text(self):
         """Return the text of /metrics; which backends are up is the view of this worker."""
@@ -2393,12 +2223,12 @@ class Server(ThreadingHTTPServer):
     def readiness(self):
         """Return the status and the JSON of /readyz."""
         backends, now = self.backends.all if self.backends else [], time.monotonic()
-        up = [backend for backend in backends if backend.up or (
-            not self.settings.probe_interval and backend.is_free(now))]  # no probe brings it back
-        status = "draining" if self.draining else (
-            "no backend is up" if backends and not up else "ready")
-        return (200 if status == "ready" else 503,
-                {"status": status, "backends": [backend.state() for backend in backends]})
+        up = not backends or any(backend.up or (  # no probe brings it back
+            not self.settings.probe_interval and backend.is_free(now)) for backend in backends)
+        status = "draining" if self.draining else "ready" if up else "no backend is up"
+        return 200 if status == "ready" else 503, json.dumps({"status": status, "backends": [
+            {"url": backend.url, "up": backend.up, "in_flight": backend.in_flight,
+             "models": backend.models and list(backend.models)} for backend in backends]}).encode()
 
     def drain(self, patience):
         """Stop listening and wait until the requests in flight have ended; tell whether they did.
@@ -2412,14 +2242,9 @@ class Server(ThreadingHTTPServer):
         time.sleep(self.settings.drain_delay)
         began = time.monotonic()
         self.shutdown()
-        try:
-            if self.settings.listen_fd is None and (self.all_stop[0] or not self.supervisor):
-                require_hops(self.socket, 255)  # what is in its queue when it closes is reset
-            # With listen_fd, a successor accepts what is left.
-            while self.settings.listen_fd is None and time.monotonic() < began + PARTING_SECONDS:
+        with suppress(OSError):
+            while self.settings.listen_fd is None:  # else a successor accepts what is left
                 self.process_request(*self.get_request())
-        except OSError:
-            pass
         self.server_close()
         while self.connections and time.monotonic() < began + patience:
             before = time.monotonic() - min(PARTING_SECONDS, patience / 2)
@@ -2433,24 +2258,12 @@ class Server(ThreadingHTTPServer):
         return not self.connections
 
 
-def require_hops(sock, hops):
-    """Have Linux drop what comes to a socket with fewer hops left (RFC 5082), as if it were lost.
-
-    255 is more than any packet has but a neighbour's: nobody can connect any more. Tries are
-    repeated, and then find the socket closed. A connection takes this over from its listener.
-    """
-    if sys.platform == "linux":
-        for level, option in ((socket.IPPROTO_IP, 21), (socket.IPPROTO_IPV6, 73)):
-            with suppress(OSError):  # IP_MINTTL, IPV6_MINHOPCOUNT
-                sock.setsockopt(level, option, hops)
-
-
 def hung_up(descriptors):
     """Return those whose peer has closed its connection; a half-close counts, as for nginx and Go.
 
     Where there is no poll (Windows), a client's leaving is noticed when something is sent to it.
     """
-    if not hasattr(select, "poll"):
+    if not descriptors or not hasattr(select, "poll"):
         return []
     poller = select.poll()
     for descriptor in descriptors:
@@ -2464,8 +2277,7 @@ def hung_up(descriptors):
 # to signal. A worker that dies is replaced; one that dies within a second of its start would do so
 # for ever, so the service stops. Signals have no handlers: they are blocked in all threads, and the
 # main thread waits for them. (A handler may run just before the thread goes to sleep, and the
-# signal is lost.) A worker whose supervisor is gone stops as if it had been told to. Each worker
-# keeps to one processor.
+# signal is lost.) A worker whose supervisor is gone stops as if it had been told to.
 
 STOP = {signal.SIGTERM, signal.SIGINT}
 CAN_WAIT = hasattr(signal, "sigwait")  # not on Windows: there Ctrl-C raises KeyboardInterrupt
@@ -2476,33 +2288,6 @@ def awaited(settings):
     """Return the signals to wait for; a closed terminal's SIGHUP ends what has no file to read."""
     files = settings.api_keys_file or settings.backend_api_key_file or settings.tls_cert_file
     return STOP | {signal.SIGHUP} if files or not os.isatty(0) else STOP
-
-
-def reload(server):
-    """Have the server read its files again; the old keys and certificate stay if it cannot."""
-    try:
-        server.reload()
-        said = "the files with keys and certificates were read again, if there are any"
-    except ValueError as error:
-        said = f"the old keys and certificate stay: {error}"
-    if server.supervisor in (None, os.getpid()):
-        note(server.settings, f"SIGHUP: {said}")
-
-
-def next_signal(signals, deadline):
-    """Wait for one of the signals and return it, or 0 past the deadline (None: there is none)."""
-    if not deadline or not hasattr(signal, "sigtimedwait"):  # it is not on macOS
-        return signal.sigwait(signals)
-    found = signal.sigtimedwait(signals, max(deadline - time.monotonic(), 0))
-    return found.si_signo if found else 0
-
-
-def end_at_once():
-    """Wait for a second signal, and die of it; as process 1, which no signal kills, just exit."""
-    signum = signal.sigwait(STOP)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
-    os.kill(os.getpid(), signum)
-    os._exit(128 + signum)
 
 
 def bind_to_processor(number):
@@ -2523,13 +2308,13 @@ def work(server):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     with suppress(KeyboardInterrupt):
         while CAN_WAIT and signal.sigwait(awaited(server.settings)) not in STOP:
-            reload(server)
+            server.reload()
         if not CAN_WAIT:
             threading.Event().wait()
     if not server.supervisor:
         note(server.settings, DRAINING)
-        if CAN_WAIT:
-            start_new_thread(end_at_once, ())
+        if CAN_WAIT:  # a second signal does what it does to any process
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
     if not server.drain(server.settings.shutdown_timeout):
         note(server.settings,
              f"{len(server.connections)} connections were cut off; SHUTDOWN_TIMEOUT")
@@ -2551,23 +2336,6 @@ def start_worker(server, number):
     return pid
 
 
-def start_owed(server, owed, workers):
-    """Start the workers that are owed, (number, why) pairs; those that cannot be started stay so.
-
-    `workers` gives for a process id the worker's number and when it was started.
-    """
-    try:
-        while owed:
-            number, why = owed[0]
-            pid = start_worker(server, number)
-            workers[pid] = number, time.monotonic()
-            del owed[0]
-            if why:
-                note(server.settings, f"{why}; pid {pid} replaces it")
-    except OSError as error:
-        note(server.settings, f"no worker can be started: {error.strerror}; trying again")
-
-
 def reap(workers):
     """Forget the workers that have ended; yield of each its number, age in seconds, and fate."""
     for pid, (number, started) in list(workers.items()):
@@ -2586,12 +2354,11 @@ def supervise(server):
     They share the server's socket. A second signal to stop ends them at once, as does the deadline
     of a drain.
     """
-    settings, workers, status, told, deadline = server.settings, {}, 0, 0, None
+    settings, workers, status, deadline = server.settings, {}, 0, None
     owed = [(number, "") for number in range(settings.workers)]
-    signals, server.supervisor = awaited(settings) | {signal.SIGCHLD}, os.getpid()
+    signals, server.supervisor = awaited(settings) | {signal.SIGCHLD, signal.SIGALRM}, os.getpid()
 
     def stop(signum):
-        server.all_stop[0] = 1
         server.server_close()
         owed.clear()
         for pid in workers:
@@ -2599,15 +2366,27 @@ def supervise(server):
         return time.monotonic() + settings.drain_delay + settings.shutdown_timeout + LINGER_SECONDS
 
     while workers or owed:
-        start_owed(server, owed, workers)
-        signum = next_signal(signals, deadline or owed and time.monotonic() + 1)
-        if signum in STOP or not signum and deadline:
-            at_once = told or not signum
-            note(settings, "stopped at once" if at_once else DRAINING)
-            status = status or (128 + signum if told and signum else 0)
-            deadline, told = stop(signal.SIGKILL if at_once else signal.SIGTERM), told + 1
-        elif signum and signum != signal.SIGCHLD:
-            reload(server)  # for those that are started later
+        try:
+            while owed:
+                number, why = owed[0]
+                pid = start_worker(server, number)
+                workers[pid] = number, time.monotonic()
+                del owed[0]
+                if why:
+                    note(settings, f"{why}; pid {pid} replaces it")
+        except OSError as error:
+            note(settings, f"no worker can be started: {error.strerror}; trying again")
+        signal.alarm(1)  # for a fork to be tried again, or a deadline to be seen
+        signum = signal.sigwait(signals)
+        if signum in STOP and not deadline:
+            note(settings, DRAINING)
+            deadline = stop(signal.SIGTERM)
+        elif signum in STOP or deadline and time.monotonic() > deadline:
+            note(settings, "stopped at once")
+            status = status or (128 + signum if signum in STOP else 0)
+            deadline = stop(signal.SIGKILL)
+        elif signum == getattr(signal, "SIGHUP", 0):
+            server.reload()  # for those that are started later
             for pid in workers:
                 os.kill(pid, signum)
         for number, age, fate in reap(workers):
@@ -2666,7 +2445,8 @@ def main():
     if CAN_WAIT:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # who started us may have ignored it
-        signal.pthread_sigmask(signal.SIG_BLOCK, awaited(settings) | {signal.SIGCHLD})
+        signal.pthread_sigmask(signal.SIG_BLOCK,
+                               awaited(settings) | {signal.SIGCHLD, signal.SIGALRM})
     prepare_descriptors()
     threading.stack_size(STACK_BYTES)
     try:
