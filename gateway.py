@@ -265,13 +265,6 @@ def is_loopback(host):
         return host.lower().rstrip(".").rpartition(".")[2] == "localhost"
 
 
-def settings_table():
-    """Return README's table of the settings, which a test compares with it."""
-    rows = [f"| `{name.upper()}` | `--{name.replace('_', '-')}` | {default and f'`{default}`'} |"
-            f" {text} |" for name, _, default, text in KNOBS]
-    return "\n".join(["| variable | flag | default | what it is |", "|---|---|---|---|", *rows])
-
-
 # == 2. Errors =====================================================================================
 # An APIError is a whole answer: status, OpenAI's type and code, and a sentence that says what to do
 # next. Whoever finds the fault raises it in one line; `body` alone makes the JSON, and Handler.fail
@@ -395,6 +388,7 @@ FORM_MODEL = re.compile(rb'[; ]name="?model"?\r\n(?:[^\r\n]{1,256}\r\n){0,8}\r\n
 # In a JSON string the quotes would be escaped: a model cannot write such a field into its text.
 TOKENS = re.compile(rb'"(prompt|input|completion|output)_tokens"[ \t\r\n]*:[ \t\r\n]*'
                     rb"([0-9]{1,15})(?![0-9.eE])")
+TOKEN_KINDS = {b"prompt": "input", b"input": "input", b"completion": "output", b"output": "output"}
 
 Request = namedtuple("Request", "method path target minor authority length persistent index fields")
 Head = namedtuple("Head", "status reason length persistent index fields")  # of a response
@@ -625,14 +619,10 @@ def parse_json(body):
 
 
 def token_usage(data):
-    """Return (what, tokens) pairs, "input" or "output", of what an answer's JSON tells last."""
+    """Return what an answer's JSON tells last: {"input": tokens, "output": tokens}, or less."""
     end = data.rfind(b'_tokens"')
-    if end < 0:
-        return ()
-    told = dict(TOKENS.findall(data, max(end - USAGE_BYTES, 0), end + 64))
-    return [(what, int(count)) for what, names in (("input", (b"prompt", b"input")),
-                                                   ("output", (b"completion", b"output")))
-            if (count := told.get(names[0], told.get(names[1])))]
+    told = TOKENS.findall(data, max(end - USAGE_BYTES, 0), end + 64) if end >= 0 else ()
+    return {TOKEN_KINDS[name]: int(count) for name, count in told}
 
 
 def key_name(keys, authorization):
@@ -778,7 +768,7 @@ class Record:
     request_id = ""  # none is known yet; "-" would be a valid one
     method = path = model = backend = key = trace_id = "-"
     outcome = result = "ok"
-    stream, usage, tries, status, bytes, waited = False, (), (), 0, 0, 0
+    stream, usage, tries, status, bytes, waited = False, {}, (), 0, 0, 0
     first = first_piece = asked = None
 
     def __init__(self, client):
@@ -823,11 +813,11 @@ class Metrics:
         """Write to the row of this worker from here on."""
         self.row = self._rows[worker * self._width:][:self._width]
 
-    def observe(self, family, key, value):
+    def observe(self, series, value):
         """Add a value to a histogram. Hold the lock."""
-        place = self.places[family, *key]
-        self.row[place] += value
-        self.row[place + 1 + bisect_left(FAMILIES[family][3], value)] += 1
+        row, place = self.row, self.places[series]
+        row[place] += value
+        row[place + 1 + bisect_left(FAMILIES[series[0]][3], value)] += 1
 
     def count(self, record):
         """Count a request that has ended."""
@@ -842,17 +832,17 @@ class Metrics:
             if len(record.tries) > 1:
                 row[places["gateway_retries_total",]] += len(record.tries) - 1
             if record.first and record.asked:
-                self.observe("gateway_overhead_seconds", (),
+                self.observe(("gateway_overhead_seconds",),
                              record.first - record.asked - record.waited)
             if not operation:
                 return
-            self.observe("gen_ai_server_request_duration_seconds", (operation,),
+            self.observe(("gen_ai_server_request_duration_seconds", operation),
                          record.duration_ms / 1000)
             if record.stream and record.first_piece and record.status == 200:
-                self.observe("gen_ai_server_time_to_first_token_seconds", (operation,),
+                self.observe(("gen_ai_server_time_to_first_token_seconds", operation),
                              record.first_piece - record.began)
-            for what, tokens in record.usage:
-                self.observe("gen_ai_client_token_usage", (what,), tokens)
+            for kind, tokens in record.usage.items():
+                self.observe(("gen_ai_client_token_usage", kind), tokens)
 
     def render(self, gauges):
         """Return Prometheus' text format 0.0.4: of the sums over all workers, and of `gauges`,
@@ -899,7 +889,7 @@ IDLE_SECONDS = 4        # uvicorn, and so vLLM, closes an idle connection after 
 RECEIVE_BYTES = 65_536  # one read; larger ones cost more to allocate than they save in calls
 MAX_BACK_OFF = 30       # seconds, doubled from 1, that a failing backend is left alone
 MAX_RETRY_AFTER = 300   # seconds that a backend may ask for
-MAX_LIST_BYTES = 4 << 20  # of a list of models
+MAX_LIST_PIECES = 64    # of a list of models, each of up to RECEIVE_BYTES
 BUSY = frozenset((502, 503, 504, 508))  # it, or one behind it, cannot answer now: another may
 
 
@@ -1293,9 +1283,10 @@ class Backends:
         with self._lock:
             if request.model is not None and len(left) > 1:
                 left = [b for b in left if b.serves(request.model, now)] or left
-            left = [b for b in left if b not in tried and (not only_free or b.is_free(now))]
-            if not left:
-                return None
+            if tried:
+                left = [b for b in left if b not in tried and (not only_free or b.is_free(now))]
+                if not left:
+                    return None
             backend = left[0] if len(left) == 1 else min(left, key=lambda b: (
                 (0, b.silent or not b.up and not request.repeatable, b.in_flight, b.turn)
                 if b.is_free(now) else (1, b.retry_at)))
@@ -1397,15 +1388,10 @@ class Backends:
             answer = self.pool.http_open(request)
             if answer.head.status in BUSY:
                 return self.failed(backend, f"it answered {answer.head.status} to a probe")
-            size, pieces = 0, [answer.rest] if answer.whole else []
-            for piece in () if answer.whole else answer.pieces():
-                pieces.append(piece)
-                size += len(piece)
-                if size > MAX_LIST_BYTES:
-                    pieces = []
-                    break
+            pieces = [answer.rest] if answer.whole else answer.pieces()
+            body = b"".join(itertools.islice(pieces, MAX_LIST_PIECES))  # a longer one is not known
             if answer.head.status == 200:
-                backend.models = model_cards(b"".join(pieces)) or backend.models
+                backend.models = model_cards(body) or backend.models
             if backend.is_free(time.monotonic()):
                 self.succeeded(backend)
         except APIError as error:
@@ -1636,10 +1622,11 @@ class Handler(BaseHTTPRequestHandler):
         self.idle_since = time.monotonic()
         deadline = self.idle_since + self.settings.client_timeout
         try:
-            while self.buffer in (b"", b"\r") or self.buffer[:2] == b"\r\n":
-                if self.buffer[:2] == b"\r\n":
+            while self.buffer[:1] in (b"", b"\r"):
+                if self.buffer:
                     self.buffer = self.buffer[EMPTY_LINES.match(self.buffer).end():]
-                    continue
+                    if self.buffer not in (b"", b"\r"):
+                        break
                 self.idle = True
                 piece = self.receive(deadline)
                 if not piece:
@@ -1779,7 +1766,7 @@ class Handler(BaseHTTPRequestHandler):
         echo, record = Echo(asked, self.record.request_id), self.record
         record.model, record.stream = printable(echo.model), bool(asked.get("stream"))
         if echo.with_usage or not record.stream:
-            record.usage = [*zip(("input", "output"), echo.usage.values())]
+            record.usage = dict(zip(("input", "output"), echo.usage.values()))
         if not record.stream:
             return self.reply(200, echo.completion())
         self.begin(200, b"OK", EVENT_TYPE + b"".join(UNBUFFERED.values()) + self.server.date,
@@ -1917,7 +1904,7 @@ class Handler(BaseHTTPRequestHandler):
         What is behind the last whole event is held back: if the backend dies, an error event can
         follow at a boundary.
         """
-        usage, last, tail = (), b"", b""
+        usage, last, tail = {}, b"", b""
         self.at_boundary = line_begins = True
         unproven = response.head.length == UNTIL_CLOSE  # only [DONE] tells that such a one is whole
         for piece in response.pieces():
