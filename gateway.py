@@ -1390,8 +1390,8 @@ class Backends:
                 return self.failed(backend, f"it answered {answer.head.status} to a probe")
             pieces = [answer.rest] if answer.whole else answer.pieces()
             body = b"".join(itertools.islice(pieces, MAX_LIST_PIECES))  # a longer one is not known
-            if answer.head.status == 200:
-                backend.models = model_cards(body) or backend.models
+            cards = model_cards(body) if answer.head.status == 200 else None
+            backend.models = backend.models if cards is None else cards
             if backend.is_free(time.monotonic()):
                 self.succeeded(backend)
         except APIError as error:
@@ -2257,7 +2257,8 @@ class Server(ThreadingHTTPServer):
         status = "draining" if self.draining else "ready" if up else "no backend is up"
         return 200 if status == "ready" else 503, json.dumps({"status": status, "backends": [
             {"url": backend.url, "up": backend.up, "in_flight": backend.in_flight,
-             "models": backend.models and list(backend.models)} for backend in backends]}).encode()
+             "models": None if backend.models is None else list(backend.models)}
+            for backend in backends]}).encode()
 
     def drain(self, patience):
         """Stop listening and wait until the requests in flight have ended; tell whether they did.

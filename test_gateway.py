@@ -2624,6 +2624,18 @@ def test_a_backend_whose_models_cannot_be_listed_serves_all(listed):
             assert seen(two).reason.endswith("/v1/models?a=b HTTP/1.1")
 
 
+def test_a_backend_that_lists_no_model_any_more_gets_no_request_for_one():
+    with several(plays(listed=models("m")), plays(listed=models("m")),
+                 probe_interval=0.1) as (port, one, two):
+        assert chats(port, 4) == {200} and counts([one, two]) == [2, 2]
+        one.script = plays(listed=models())
+        for sock in one.sockets:
+            with contextlib.suppress(OSError):  # so that the next link meets the new script
+                sock.shutdown(socket.SHUT_RDWR)
+        eventually(lambda: states(port, "models") == [([],), (["m"],)])
+        assert chats(port, 4) == {200} and counts([one, two]) == [2, 6]
+
+
 def test_a_request_goes_where_the_fewest_are_in_flight_and_ties_are_taken_in_turn():
     """A stream is in flight until its end, or until its client leaves."""
     go = threading.Event()
