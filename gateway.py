@@ -2042,13 +2042,11 @@ class Admission:
     """
 
     def __init__(self, places, patience):
-        self._free, self._patience, self._limited = places, patience, places > 0
+        self._free, self._patience = places or sys.maxsize, patience
         self._lock, self.queue = threading.Lock(), []
 
     def enter(self, request, record):
         """Wait for a place, which leave() gives back; raises 429, or ClientGone if cancelled."""
-        if not self._limited:
-            return
         with self._lock:
             if self._free:
                 self._free -= 1
@@ -2071,12 +2069,11 @@ class Admission:
 
     def leave(self):
         """Give the place to the next in turn."""
-        if self._limited:
-            with self._lock:
-                if self.queue:
-                    self.queue.pop(0).turn.set()
-                else:
-                    self._free += 1
+        with self._lock:
+            if self.queue:
+                self.queue.pop(0).turn.set()
+            else:
+                self._free += 1
 
 
 class Server(ThreadingHTTPServer):
@@ -2165,11 +2162,7 @@ class Server(ThreadingHTTPServer):
                 raise
             request.setblocking(True)  # BSDs pass the listener's mode on
             if left:
-                try:
-                    self.process_request(request, address)
-                except Exception:  # socketserver expects none but OSError from here
-                    self.handle_error(request, address)
-                    self.shutdown_request(request)
+                self.process_request(request, address)
         return request, address
 
     def process_request(self, request, client_address):
@@ -2179,12 +2172,11 @@ class Server(ThreadingHTTPServer):
         """
         if len(self.connections) < self.settings.max_connections:
             self.connections[request] = None
-            try:
+            with suppress(RuntimeError, MemoryError):  # the system has no thread left
                 start_new_thread(self.process_request_thread, (request, client_address))
                 self.loads[self.number] = len(self.connections)
                 return
-            except RuntimeError:  # the system has no thread left
-                self.connections.pop(request)
+            self.connections.pop(request)
         body = APIError(503, "too_many_connections", "the gateway has no room for one more"
                         " connection; try again, or raise MAX_CONNECTIONS").body()
         with suppress(OSError):
@@ -2224,7 +2216,9 @@ class Server(ThreadingHTTPServer):
                       and not (handler.deaf or request.cancelled)}
         for descriptor in hung_up(forwarding):
             self.backends.pool.cancel(forwarding[descriptor])
-        self.set_gauges()
+        waiting, row, places = len(self.admission.queue), self.metrics.row, self.metrics.places
+        row[places["gateway_requests_in_flight",]] = max(len(forwarding) - waiting, 0)
+        row[places["gateway_queue_depth",]] = waiting
         if self.backends:
             self.backends.pool.expire()
             self.backends.probe_due()
@@ -2233,18 +2227,8 @@ class Server(ThreadingHTTPServer):
         while self.parting and (self.parting[0][0] < time.monotonic() or len(self.parting) > 1000):
             self.parting.pop(0)[1].close()
 
-    def set_gauges(self):
-        """Tell the metrics how many requests of this worker are at the backends, or wait."""
-        waiting = len(self.admission.queue)
-        forwarding = sum(1 for handler in list(self.connections.values())
-                         if handler and handler.forwarding)
-        row, places = self.metrics.row, self.metrics.places
-        row[places["gateway_requests_in_flight",]] = max(forwarding - waiting, 0)
-        row[places["gateway_queue_depth",]] = waiting
-
     def metrics_text(self):
         """Return the text of /metrics; which backends are up is the view of this worker."""
-        self.set_gauges()
         backends = self.backends.all if self.backends else ()
         return self.metrics.render({("gateway_build_info", __version__): 1} | {
             ("gateway_backend_up", backend.url): backend.up for backend in backends})
@@ -2375,8 +2359,7 @@ def reap(workers):
         if ended:
             del workers[pid]
             code = os.waitstatus_to_exitcode(status)
-            name = next((known.name for known in signal.Signals if known == -code), code)
-            fate = f"died of {name}" if code < 0 else f"ended with {code}"
+            fate = f"ended with {code}" if code >= 0 else f"died: {signal.strsignal(-code)}"
             yield number, time.monotonic() - started, f"worker {number} (pid {pid}) {fate}"
 
 
@@ -2418,7 +2401,7 @@ def supervise(server):
             note(settings, "stopped at once")
             status = status or (128 + signum if signum in STOP else 0)
             deadline = stop(signal.SIGKILL)
-        elif signum == getattr(signal, "SIGHUP", 0):
+        elif signum == signal.SIGHUP:
             server.reload()  # for those that are started later
             for pid in workers:
                 os.kill(pid, signum)
