@@ -67,8 +67,7 @@ if sys.version_info < (3, 13):
 # == 1. Settings ===================================================================================
 # Each knob is one row of KNOBS: its flag (--max-body-bytes), its variable (MAX_BODY_BYTES), its
 # line of --help and its row of README's table are made from that. A flag wins over the environment,
-# and that over the default; an empty variable counts as unset. All three go through the same
-# parser, and no error repeats what may be a secret.
+# that over the default; an empty variable counts as unset. No error repeats what may be a secret.
 
 # "abc==" has no name; "name=" would be a key that is easily guessed, where a variable was empty.
 KEY = re.compile(r"(?![A-Za-z0-9_.-]+=$)(?:([A-Za-z0-9_.-]{1,64})=(?==*[^=]))?([!-~]+)")
@@ -172,21 +171,15 @@ EXAMPLE = ("curl http://127.0.0.1:8080/v1/chat/completions"
            """ -d '{"messages":[{"role":"user","content":"Hello, world!"}]}'""")
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose every complaint is one line, and exit status 2."""
-
-    def error(self, message):
-        self.exit(2, f"gateway.py: {message}; see --help\n")
-
-
 def read_settings(argv, environ):
     """Return a namespace with an attribute for each knob; exits with 2 if a value is bad.
 
     `listen_fd` is the descriptor of a socket that systemd passed on (sd_listen_fds), or None.
     """
-    parser = Parser(
-        prog="gateway.py", description=__doc__.partition("\n\nThe path")[0], allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter, epilog=f"Try it:\n  {EXAMPLE}")
+    parser = argparse.ArgumentParser(
+        prog="gateway.py", usage=argparse.SUPPRESS,  # so that an error is one line
+        description=__doc__.partition("\n\nThe path")[0], epilog=f"Try it:\n  {EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"gateway.py {__version__}")
     for name, parse, default, text in KNOBS:
         variable, flag = name.upper(), "--" + name.replace("_", "-")
@@ -194,35 +187,26 @@ def read_settings(argv, environ):
             flag, default=environ.get(variable) or default, type=parse, metavar=variable,
             help=f"{text} (environment: {variable}; default: {default or 'none'})")
     settings, unknown = parser.parse_known_args(argv)
-    if unknown:  # what is behind '=', or stands alone, may be a secret
-        name = unknown[0].partition("=")[0]
-        parser.error(f"unknown argument: {name[:40]!a}" if name.startswith("--") else
-                     "unknown argument: all are flags, such as --port=8080")
+    if unknown:  # all but the name of a flag may be a secret
+        name = re.match("(--[^=]*)?", unknown[0])[0]
+        parser.error(f"unknown argument {name!a}: all are flags, such as --port=8080")
     settings.listen_fd = 3 if environ.get("LISTEN_PID") == str(os.getpid()) else None
     try:
-        check(settings, environ)
+        keys, backend_key = settings.secrets = read_secrets(settings)
+        settings.tls = make_tls(settings)
     except ValueError as error:
         parser.error(error)
+    if settings.listen_fd and environ.get("LISTEN_FDS") != "1":
+        parser.error("LISTEN_FDS must be 1: the gateway serves on one socket")
+    if settings.workers > 1 and not hasattr(os, "fork"):
+        parser.error("WORKERS above 1 needs fork, which this system has not")
+    if settings.backend_api_key and settings.backend_api_key_file:
+        parser.error("BACKEND_API_KEY and BACKEND_API_KEY_FILE are both set; keep one")
+    is_open = settings.listen_fd or not is_loopback(settings.host)
+    if backend_key and is_open and not keys and not settings.allow_open:
+        parser.error("everyone who reaches HOST would use your BACKEND_API_KEY; set API_KEYS, or"
+                     " ALLOW_OPEN=1 if that is meant")
     return settings
-
-
-def check(settings, environ):
-    """Read the files with keys; raise ValueError if settings that are right one by one are not."""
-    keys, backend_key = settings.secrets = read_secrets(settings)
-    settings.tls = make_tls(settings)
-    for wrong, why in (
-            (settings.listen_fd and environ.get("LISTEN_FDS") != "1",
-             "LISTEN_FDS must be 1: the gateway serves on one socket"),
-            (settings.workers > 1 and not hasattr(os, "fork"),
-             "WORKERS above 1 needs fork, which this system has not"),
-            (settings.backend_api_key and settings.backend_api_key_file,
-             "BACKEND_API_KEY and BACKEND_API_KEY_FILE are both set; keep one"),
-            (backend_key and not keys and not settings.allow_open and (
-                settings.listen_fd or not is_loopback(settings.host)),
-             "everyone who reaches HOST would use your BACKEND_API_KEY; set API_KEYS, or"
-             " ALLOW_OPEN=1 if that is meant")):
-        if wrong:
-            raise ValueError(why)
 
 
 def read_secrets(settings):
@@ -231,13 +215,11 @@ def read_secrets(settings):
         try:
             if not getattr(settings, name):
                 return otherwise
-            with open(getattr(settings, name), encoding="ascii") as file:
+            with open(getattr(settings, name), encoding="ascii", errors="replace") as file:
                 return parse(file.read() or "\n")
-        except argparse.ArgumentTypeError as error:
-            why = error
-        except (OSError, ValueError) as error:  # its text may hold bytes of the file
-            why = getattr(error, "strerror", None) or "not ASCII text"
-        raise ValueError(f"{name.upper()}: {why}")
+        except (OSError, argparse.ArgumentTypeError) as error:
+            why = getattr(error, "strerror", None) or error  # without the path: it may be a key
+            raise ValueError(f"{name.upper()}: {why}") from None
     return (settings.api_keys + read("api_keys_file", named_keys, []),
             read("backend_api_key_file", secret, settings.backend_api_key))
 
@@ -267,16 +249,12 @@ def is_loopback(host):
 
 # == 2. Errors =====================================================================================
 # An APIError is a whole answer: status, OpenAI's type and code, and a sentence that says what to do
-# next. Whoever finds the fault raises it in one line; `body` alone makes the JSON, and Handler.fail
-# alone sends it. Inside this file only APIError and ClientGone travel: exceptions of libraries are
-# translated where they arise.
+# next. Whoever finds the fault raises it in one line, and Handler.fail alone sends it. Inside this
+# file only APIError and ClientGone travel: exceptions of libraries are translated where they arise.
 
 
 class APIError(Exception):
-    """A refusal of a request or a failure of the backend, in the shape that OpenAI's SDKs parse.
-
-    `close` says that the connection must end: what else the client sends cannot be understood.
-    """
+    """A refusal or a failure; `close`: what else the client sends cannot be understood."""
 
     def __init__(self, status, code, message, param=None, fields=b"", close=False):
         super().__init__(message)
@@ -284,7 +262,7 @@ class APIError(Exception):
         self.fields, self.close = fields, close
 
     def body(self):
-        """Return the error as JSON bytes."""
+        """Return the error as JSON bytes, in the shape that OpenAI's SDKs parse."""
         ours = self.status >= 500 and self.status not in (501, 505)
         kind = "server_error" if ours else (
             "rate_limit_error" if self.status == 429 else "invalid_request_error")
@@ -295,8 +273,8 @@ class APIError(Exception):
 class Malformed(APIError):
     """What arrived is not HTTP, or not the HTTP that is spoken here."""
 
-    def __init__(self, message, status=400, code="bad_request"):
-        super().__init__(status, code, message, close=True)
+    def __init__(self, message, status=400):
+        super().__init__(status, HTTPStatus(status).name.lower(), message, close=True)
 
 
 class BackendError(APIError):
@@ -334,12 +312,8 @@ class ClientGone(Exception):
 
 def body_too_large(limit):
     """Return the error for a body of more than so many bytes."""
-    return too_large(f"a body may have {limit} bytes (MAX_BODY_BYTES)", 413, "request_too_large")
-
-
-def too_large(what, status=431, code="request_header_fields_too_large"):
-    """Return the error for what is larger than it may be."""
-    return Malformed(f"{what}; send less", status, code)
+    return APIError(413, "request_too_large", f"a body may have {limit} bytes (MAX_BODY_BYTES);"
+                    " send less", close=True)
 
 
 # == 3. HTTP rules =================================================================================
@@ -413,7 +387,7 @@ def find_head(data, scanned=0):
     start = max(0, scanned - 3)
     end = data.find(b"\r\n\r\n", start)
     if (len(data) if end < 0 else end + 2) > MAX_HEAD_BYTES:
-        raise too_large(f"a head may have {MAX_HEAD_BYTES} bytes")
+        raise Malformed(f"a head may have {MAX_HEAD_BYTES} bytes; send less", 431)
     if end < 0 and NEVER_IN_A_HEAD.search(data, start):
         raise Malformed("the head holds a control character, or a line that ends without CR LF")
     return end
@@ -436,7 +410,7 @@ def parse_head(head, drop):
     """
     start, *lines = head.split(b"\r\n")
     if len(lines) > MAX_FIELDS:
-        raise too_large(f"a head may have {MAX_FIELDS} fields")
+        raise Malformed(f"a head may have {MAX_FIELDS} fields; send less", 431)
     fields = [parse_field(line) for line in lines]
     index = dict(fields)
     if len(index) < len(fields):
@@ -459,11 +433,11 @@ def parse_request(head, drop):
     line, index, options, fields = parse_head(head, drop)
     match = REQUEST_LINE.fullmatch(line)
     if len(line) > MAX_LINE_BYTES:
-        raise too_large(f"a request line may have {MAX_LINE_BYTES} bytes", 414, "uri_too_long")
+        raise Malformed(f"a request line may have {MAX_LINE_BYTES} bytes; send less", 414)
     if not match:
         raise Malformed("the request line is not of the form 'METHOD /path HTTP/1.1'")
     if match[3] != b"1":
-        raise Malformed("set the client to HTTP/1.1", 505, "http_version_not_supported")
+        raise Malformed("set the client to HTTP/1.1", 505)
     method, minor = match[1].decode(), min(int(match[4]), 1)
     authority, path, target = parse_target(method, match[2], index.get(b"host"), minor)
     return Request(method, path, target, minor, authority, request_length(index, minor),
@@ -509,7 +483,7 @@ def request_length(index, minor):
     if b"chunked" in [token.strip(b" \t") for token in coding.lower().split(b",")[:-1]]:
         raise Malformed("Transfer-Encoding must name 'chunked' once, and last")
     if coding.lower() != b"chunked":
-        raise Malformed("the one transfer coding here is 'chunked'", 501, "not_implemented")
+        raise Malformed("the one transfer coding here is 'chunked'", 501)
     return CHUNKED
 
 
@@ -602,17 +576,12 @@ JSON = json.JSONDecoder(parse_constant=refuse_constant)
 def parse_json(body):
     """Parse a body to a dict; raises 400 invalid_json for all that is no JSON object.
 
-    It is decoded first: json.loads(bytes) guesses UTF-16, and takes encoded surrogates. Numbers of
-    over 4,300 digits are a ValueError of the standard parser, deep nesting a RecursionError.
+    It is decoded first: json.loads(bytes) guesses UTF-16, and takes encoded surrogates.
     """
     try:
-        text = body.decode().strip(" \t\r\n")
-        value, end = JSON.raw_decode(text)
-        if end < len(text):
-            raise json.JSONDecodeError("Extra data", text, end)
-    except (ValueError, RecursionError) as error:
-        why = str(error)[:200] if isinstance(error, ValueError) else "it is nested too deeply"
-        raise APIError(400, "invalid_json", f"the body is not valid JSON: {why}") from None
+        value = JSON.decode(body.decode())
+    except (ValueError, RecursionError) as error:  # numbers of over 4,300 digits; deep nesting
+        raise APIError(400, "invalid_json", f"the body is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise APIError(400, "invalid_json", "the body must be a JSON object")
     return value
