@@ -7,20 +7,17 @@
 
 The path of a request; read the sections in order, or from here:
 
-    main -> workers -> Server -> a thread for each connection -> Handler.handle_one_request
-        read_head -> parse_request                      one strict parser, for both directions
-        dispatch -> authenticate
-            /healthz /readyz /metrics                   answered here, no backend is asked
-            /v1/*  read_body                            whole, up to MAX_BODY_BYTES
-                   echo     -> Echo.completion, or its events
-                   forward  -> Admission.enter          a place, or a wait for one
-                               Backends.open            for each backend that may answer:
-                                   urllib's opener -> Pool.http_open
-                                       take or dial a link, send, read the response's head
-                               relay: pieces as they come; a cut response never ends as a whole one
-        except APIError   -> OpenAI's error JSON; in a begun reply an error event, or a cut
-        except ClientGone -> 499 in the log; closing the link makes the backend stop
-        finally           -> one line in the log, all metrics
+    main -> Server -> a thread for each connection -> Handler.handle_one_request
+        read_head -> parse_request           one strict parser, for both directions
+        dispatch                             /healthz, /readyz and /metrics are answered here
+            echo -> Echo
+            forward -> Admission.enter       a place, or a wait for one
+                Backends.open                for each backend that may answer: urllib's opener
+                    Pool.http_open           take or dial a link, send, read the response's head
+                relay                        pieces as they come; a cut one never ends as a whole
+        except APIError -> fail              OpenAI's error JSON, an error event, or a cut
+        except ClientGone -> give_up         closing the link makes the backend stop
+        finally                              one line in the log, all metrics
 
 What it will not do: change a body, translate between APIs, store anything, or speak HTTP/2.
 """
@@ -71,8 +68,8 @@ if sys.version_info < (3, 13):
 
 # "abc==" has no name; "name=" would be a key that is easily guessed, where a variable was empty.
 KEY = re.compile(r"(?![A-Za-z0-9_.-]+=$)(?:([A-Za-z0-9_.-]{1,64})=(?==*[^=]))?([!-~]+)")
-URL = re.compile(r"(https?://(?:[\w.-]*\w\.?|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?)(/[!-\"$->A-~]*)?",
-                 re.ASCII | re.IGNORECASE)
+URL = re.compile(r"(https?://(?:[\w.-]*\w\.?|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?)"
+                 r"(/[!$-;=A-\[\]-~]*)?", re.ASCII | re.IGNORECASE)
 refused = argparse.ArgumentTypeError  # of a parser: argparse puts the setting's name before it
 
 
@@ -87,7 +84,7 @@ def number(kind, low, high):
 
 
 def like(pattern, what, convert=str):
-    """Return a parser of texts that match `pattern` whole."""
+    """Return a parser of texts that match a pattern."""
     def parse(text):
         if not re.fullmatch(pattern, text):
             raise refused(f"it must be {what}")
@@ -129,12 +126,11 @@ workers = like("auto|[1-9][0-9]?", "from 1 to 99, or auto", lambda text: (
 seconds, from_0 = number(float, 0.001, 86_400), number(float, 0, 86_400)  # sockets take no more
 KNOBS = (  # name, parser, default, what it is
     ("host", str, "127.0.0.1", "address to listen on; 0.0.0.0 or :: for all interfaces"),
-    ("port", number(int, 0, 65_535), "8080",
-     "port to listen on; 0 takes a free one, which the start-up line names"),
+    ("port", number(int, 0, 65_535), "8080", "port to listen on; 0 takes a free one"),
     ("backend_url", listed(backend_url), "",
-     "server to forward to, or several, separated by commas; without one the gateway echoes"),
-    ("api_keys", named_keys, "", "keys that clients must present, separated by commas, each KEY or"
-     " NAME=KEY; the name stands in the log"),
+     "servers to forward to, separated by commas; without one the gateway echoes"),
+    ("api_keys", named_keys, "",
+     "keys that clients must present, separated by commas; of NAME=KEY, the name is logged"),
     ("api_keys_file", str, "", "file with such keys, one a line; read again on SIGHUP"),
     ("backend_api_key", secret, "", "key sent to the backends in place of the client's"),
     ("backend_api_key_file", str, "", "file with that key; read again on SIGHUP"),
@@ -147,26 +143,21 @@ KNOBS = (  # name, parser, default, what it is
     ("max_concurrent_requests", number(int, 0, 1_000_000), "0",
      "requests of a worker at the backends at once; a further one waits; 0 for no limit"),
     ("queue_timeout", from_0, "0", "seconds a request may wait for its turn, before it gets 429"),
-    ("client_timeout", seconds, "60", "seconds for a request's head, for a body to go on, for a"
-     " client to take what is sent, and for an idle connection"),
+    ("client_timeout", seconds, "60",
+     "seconds for a head, for a body to go on, for a reply to be taken, and to be idle"),
     ("connect_timeout", seconds, "5", "seconds to connect to a backend, and for a probe's answer"),
     ("backend_timeout", seconds, "600",
      "seconds a backend may be silent, before its first byte and between bytes"),
-    ("probe_interval", from_0, "10",
-     "seconds between two looks at a backend's /v1/models; 0 for none"),
-    ("shutdown_timeout", seconds, "30",
-     "seconds that requests in flight have to finish after SIGTERM or SIGINT"),
-    ("drain_delay", from_0, "0",
-     "seconds before that, with /readyz at 503, for load balancers to move away"),
+    ("probe_interval", from_0, "10", "seconds from one look at /v1/models to the next; 0: none"),
+    ("shutdown_timeout", seconds, "30", "seconds that requests in flight have after SIGTERM"),
+    ("drain_delay", from_0, "0", "seconds before that, for load balancers to see /readyz at 503"),
     ("workers", workers, "1", "processes that serve; auto is one for each processor"),
-    ("cpu_affinity", switch, "1", "1 keeps each worker on one processor, as its threads take turns"
-     " anyway; 0 leaves that to the system, for a processor that other programs are bound to"),
+    ("cpu_affinity", switch, "1",
+     "1 keeps each worker on one processor; 0 does not, where other programs are bound to one"),
     ("tls_cert_file", str, "", "certificate chain in PEM, to serve https; read again on SIGHUP"),
     ("tls_key_file", str, "", "private key of that certificate"),
-    ("cors_origins", listed(origin), "",
-     "origins of web pages that may call, separated by commas; * for any"),
-    ("log_format", like("text|json", "text or json"), "text",
-     "form of the log, a line for each request on stderr: text or json"))
+    ("cors_origins", listed(origin), "", "origins of pages that may call, by commas; * for any"),
+    ("log_format", like("text|json", "text or json"), "text", "form of the log: text or json"))
 EXAMPLE = ("curl http://127.0.0.1:8080/v1/chat/completions"
            """ -d '{"messages":[{"role":"user","content":"Hello, world!"}]}'""")
 
@@ -188,7 +179,7 @@ def read_settings(argv, environ):
             help=f"{text} (environment: {variable}; default: {default or 'none'})")
     settings, unknown = parser.parse_known_args(argv)
     if unknown:  # all but the name of a flag may be a secret
-        name = re.match("(--[^=]*)?", unknown[0])[0]
+        name = re.match("(--[^=]*)?", unknown[0])[0] or "..."
         parser.error(f"unknown argument {name!a}: all are flags, such as --port=8080")
     settings.listen_fd = 3 if environ.get("LISTEN_PID") == str(os.getpid()) else None
     try:
@@ -318,10 +309,9 @@ def body_too_large(limit):
 
 # == 3. HTTP rules =================================================================================
 # Pure functions of bytes; sections are of RFC 9112 where none other is named. A head is taken only
-# if each line of it matches the grammar, so what the next server could read differently is refused:
-# bare CR or LF, NUL, folded lines, a space before a colon, a length that is signed, a list, or
-# beside a transfer coding. Repeated fields are joined with a comma (RFC 9110, 5.3), which spoils
-# those that must be there once. What is passed on keeps its lines byte for byte.
+# if each line of it matches the grammar: what the next server could read differently is refused.
+# Repeated fields are joined with a comma (RFC 9110, 5.3), which spoils those that must be there
+# once. What is passed on keeps its lines byte for byte.
 
 MAX_HEAD_BYTES = 65_536  # nginx takes 32 KiB, Node 16; keys, cookies and tracing need some
 MAX_LINE_BYTES = 16_384  # method and target; 8,000 is what RFC 9112 3 asks for at least
@@ -362,27 +352,24 @@ FORM_MODEL = re.compile(rb'[; ]name="?model"?\r\n(?:[^\r\n]{1,256}\r\n){0,8}\r\n
 # In a JSON string the quotes would be escaped: a model cannot write such a field into its text.
 TOKENS = re.compile(rb'"(prompt|input|completion|output)_tokens"[ \t\r\n]*:[ \t\r\n]*'
                     rb"([0-9]{1,15})(?![0-9.eE])")
-TOKEN_KINDS = {b"prompt": "input", b"input": "input", b"completion": "output", b"output": "output"}
 
 Request = namedtuple("Request", "method path target minor authority length persistent index fields")
 Head = namedtuple("Head", "status reason length persistent index fields")  # of a response
 
 
 def remembered(parse):
-    """Let `parse` remember what the last 256 short texts mean, never an error.
+    """Let `parse` remember the last 256 short texts: a third less instructions for a request.
 
-    Who sends to us sends the same again and again: a third less instructions for a request. A
-    client's key is in its head: it may stay in memory until 256 others have come.
+    A client's key is in its head: it may stay in memory until 256 others have come.
     """
     cached = lru_cache(256)(parse)
     return lambda data, *more: (cached if len(data) < MAX_REMEMBERED else parse)(data, *more)
 
 
 def find_head(data, scanned=0):
-    """Return where the empty line behind the head in `data` begins; -1 if it is not all there.
+    """Return where the head in `data`, of which `scanned` bytes are known, ends; or -1.
 
-    `scanned` bytes were looked at before. Raises as soon as the head cannot become valid: a line
-    without CR, or the first byte of a TLS handshake, is answered and not waited for.
+    Raises as soon as it cannot become valid: who ends lines with LF would wait for an answer.
     """
     start = max(0, scanned - 3)
     end = data.find(b"\r\n\r\n", start)
@@ -403,10 +390,8 @@ def parse_field(line):
 
 
 def parse_head(head, drop):
-    """Return (first line, index, options, fields) of a head (5) without its last CR LF.
-
-    The index gives a lower-case name's value, `options` are the tokens of Connection; `fields` are
-    the lines whose names are neither in `drop` nor among the options, as bytes.
+    """Return a head's first line, its values by lower-case name, the options of its Connection,
+    and its lines, as bytes, whose names are neither in `drop` nor among the options.
     """
     start, *lines = head.split(b"\r\n")
     if len(lines) > MAX_FIELDS:
@@ -555,10 +540,7 @@ class Body:
 
 
 def events_end(data):
-    """Return the offset behind the last whole server-sent event in `data`; 0 if there is none.
-
-    An empty line ends an event; a line ends with LF, CR LF or CR (WHATWG HTML, 9.2.5).
-    """
+    """Return the offset behind the last whole event in `data`, or 0 (WHATWG HTML, 9.2.5)."""
     if data.endswith(b"\n\n"):
         return len(data)
     ends = (data.rfind(gap) + len(gap) for gap in (b"\n\n", b"\n\r\n", b"\r\r") if gap in data)
@@ -579,7 +561,10 @@ def parse_json(body):
     It is decoded first: json.loads(bytes) guesses UTF-16, and takes encoded surrogates.
     """
     try:
-        value = JSON.decode(body.decode())
+        text = body.decode().strip(" \t\r\n")
+        value, end = JSON.raw_decode(text)  # decode() looks for white space with a pattern: 0.5 us
+        if end < len(text):
+            raise ValueError(f"more follows behind character {end}")
     except (ValueError, RecursionError) as error:  # numbers of over 4,300 digits; deep nesting
         raise APIError(400, "invalid_json", f"the body is not valid JSON: {error}") from None
     if not isinstance(value, dict):
@@ -591,29 +576,23 @@ def token_usage(data):
     """Return what an answer's JSON tells last: {"input": tokens, "output": tokens}, or less."""
     end = data.rfind(b'_tokens"')
     told = TOKENS.findall(data, max(end - USAGE_BYTES, 0), end + 64) if end >= 0 else ()
-    return {TOKEN_KINDS[name]: int(count) for name, count in told}
+    return {"input" if name in (b"prompt", b"input") else "output": int(count)
+            for name, count in told}
 
 
 def key_name(keys, authorization):
-    """Return the name of the key that an Authorization field presents (RFC 6750), or None.
-
-    All keys are compared, each in constant time: how long it takes tells nothing of any.
-    """
+    """Return the name of the key that an Authorization field presents (RFC 6750), or None."""
     scheme, _, presented = authorization.partition(b" ")
-    presented, found = presented.strip(b" ") if scheme.lower() == b"bearer" else b"", None
-    for name, key in keys:
-        if compare_digest(key, presented):
-            found = name
-    return found
+    presented = presented.strip(b" ") if scheme.lower() == b"bearer" else b""
+    # All are compared, each in constant time: how long it takes tells nothing of any.
+    found = [name for name, key in keys if compare_digest(key, presented)]
+    return found[0] if found else None
 
 
 def cors_fields(origin, allowed):
-    """Return the lines that let a page of this origin read the reply (Fetch standard, 3.2).
-
-    For another origin Vary is the only one: caches must tell them apart.
-    """
+    """Return the lines that let a page of this origin read the reply (Fetch standard, 3.2)."""
     if not origin or "*" not in allowed and origin.decode("latin-1") not in allowed:
-        return b"Vary: Origin\r\n"
+        return b"Vary: Origin\r\n"  # caches must tell origins apart
     return (b"Vary: Origin\r\nAccess-Control-Allow-Origin: %b\r\nAccess-Control-Expose-Headers:"
             b" x-request-id, x-backend-request-id, retry-after, retry-after-ms\r\n" % origin)
 
@@ -642,29 +621,28 @@ BY_OPERATION = {"gen_ai_operation_name": ("chat", "text_completion", "embeddings
 BY_BACKEND = {"backend": (), "outcome": (  # the backends are those of BACKEND_URL
     *(f"{hundred}xx" for hundred in range(2, 10)), "backend_unreachable", "backend_error",
     "backend_timeout", "too_many_connections", "cancelled")}
-FAMILIES = {  # name: (type, help, labels and their values, upper bounds of the buckets)
+FAMILIES = {  # name: (help, labels and their values, upper bounds of a histogram's buckets)
     "gen_ai_server_request_duration_seconds": (
-        "histogram", "Duration of inference requests.", BY_OPERATION, LATENCY),
+        "Duration of inference requests.", BY_OPERATION, LATENCY),
     "gen_ai_server_time_to_first_token_seconds": (
-        "histogram", "Time to the first event of streamed answers.", BY_OPERATION, FIRST_TOKEN),
+        "Time to the first event of streamed answers.", BY_OPERATION, FIRST_TOKEN),
     "gen_ai_client_token_usage": (
-        "histogram", "Tokens of a request, as its answer tells them.",
+        "Tokens of a request, as its answer tells them.",
         {"gen_ai_token_type": ("input", "output")}, tuple(4 ** power for power in range(14))),
     "gateway_requests_total": (
-        "counter", "Requests by the status of the reply and how it came out.", BY_STATUS, ()),
-    "gateway_requests_in_flight": (
-        "gauge", "Requests at the backends, or on their way there.", {}, ()),
-    "gateway_queue_depth": ("gauge", "Requests that wait for their turn.", {}, ()),
-    "gateway_backend_up": ("gauge", "1 if the backend is up.", {"backend": ()}, ()),
+        "Requests by the status of the reply and how it came out.", BY_STATUS, ()),
+    "gateway_requests_in_flight": ("Requests at the backends, or on their way there.", {}, ()),
+    "gateway_queue_depth": ("Requests that wait for their turn.", {}, ()),
+    "gateway_backend_up": ("1 if the backend is up.", {"backend": ()}, ()),
     "gateway_backend_requests_total": (
-        "counter", "Tries at a backend by how they came out.", BY_BACKEND, ()),
-    "gateway_retries_total": ("counter", "Tries beyond the first of a request.", {}, ()),
+        "Tries at a backend by how they came out.", BY_BACKEND, ()),
+    "gateway_retries_total": ("Tries beyond the first of a request.", {}, ()),
     "gateway_client_disconnects_total": (
-        "counter", "Requests whose client left before the end of the reply.", {}, ()),
+        "Requests whose client left before the end of the reply.", {}, ()),
     "gateway_overhead_seconds": (
-        "histogram", "From a forwarded request's last byte to its reply's first, less the waiting"
-        " for the backend and for its turn.", {}, OVERHEAD),
-    "gateway_build_info": ("gauge", "1, with the version.", {"version": (__version__,)}, ())}
+        "From a forwarded request's last byte to its reply's first, less the waiting for the"
+        " backend and for its turn.", {}, OVERHEAD),
+    "gateway_build_info": ("1, with the version.", {"version": (__version__,)}, ())}
 PLAIN = re.compile(r"[!#-\[\]-~]+")
 LOG_LINES, LOG_SECONDS, PIPE_BUF = 8, 0.01, getattr(select, "PIPE_BUF", 512)
 log_lines, log_lock, log_time = [], threading.Lock(), 0.0
@@ -708,7 +686,7 @@ def timestamp():
 def note(settings, text):
     """Write a line that is about no request."""
     form = {"time": timestamp(), "message": text}
-    log(json.dumps(form) if settings.log_format == "json" else "{time} {message}".format(**form))
+    log(json.dumps(form) if settings.log_format == "json" else " ".join(form.values()))
     flush_log()
 
 
@@ -725,11 +703,10 @@ def printable(text):
 class Record:
     """What is known of one request: bytes of the reply's body, milliseconds, how it came out.
 
-    `result` is the outcome in five words, for the metrics: ok (whatever the status), refused (by
-    us, 4xx), failed (5xx), cut, or client_closed. In seconds: `first` and `first_piece` are when
-    the reply and its streamed body began, `asked` when the request had been read, `waited` is how
-    long others kept it waiting. `tries` are the backends that were tried, each with its outcome;
-    `usage` is what token_usage() returns.
+    `result` is the outcome in five words: ok (whatever the status), refused (by us, 4xx), failed
+    (5xx), cut, or client_closed. In seconds: `first` and `first_piece` are when the reply and its
+    streamed body began, `asked` when the request had been read, `waited` is how long others kept
+    it waiting. `tries` are the backends that were tried, each with its outcome.
     """
 
     LOGGED = ("time", "request_id", "trace_id", "client", "key", "method", "path", "status",
@@ -752,7 +729,7 @@ class Record:
             fields = ((name, getattr(self, name)) for name in self.LOGGED)
             return json.dumps({name: round(value, 2) if isinstance(value, float) else value
                                for name, value in fields})
-        first = "-" if self.first is None else f"{self.first_byte_ms:.2f}ms"
+        first = f"{self.first_byte_ms:.2f}ms" if self.first else "-"
         return (f"{self.time} {self.status} {self.method} {self.path} {self.duration_ms:.2f}ms"
                 f" first={first} bytes={self.bytes} stream={'yes' if self.stream else 'no'}"
                 f" model={self.model} backend={self.backend} client={self.client}"
@@ -762,19 +739,18 @@ class Record:
 class Metrics:
     """The counters of all workers, a row of numbers for each in one mapping made before the fork.
 
-    For a family and the values of its labels, `places` tells where in a row its number stands, or
-    its histogram: the sum, and behind it the count of each bucket. All series there can be have
-    their place from the start. Invariant: a worker writes to `row`, its own, alone, and counts
-    under `lock`; any reads all. Who takes a dead worker's place goes on in its row: no counter
-    goes back.
+    By family and the values of its labels, `places` tells where in a row a series stands: its sum,
+    and behind that the count of each bucket. Invariant: a worker writes to `row`, its own, alone,
+    and counts under `lock`; any reads all. Who takes a dead worker's place goes on in its row.
     """
 
     def __init__(self, workers, backends):
         self.places, self._width, self.lock = {}, 0, threading.Lock()
-        for family, (_, _, labels, bounds) in FAMILIES.items():
+        for family, (_, labels, bounds) in FAMILIES.items():
+            self.places[family] = places = {}
             for key in itertools.product(*(values or backends for values in labels.values())):
-                self.places[family, *key] = self._width
-                self._width += len(bounds) + 2 if bounds else 1
+                places[key] = self._width
+                self._width += len(bounds) + 2  # the last bucket has no bound: +Inf
         self._rows = memoryview(mmap.mmap(-1, 8 * self._width * workers)).cast("d")
         self.attach(0)
 
@@ -782,65 +758,64 @@ class Metrics:
         """Write to the row of this worker from here on."""
         self.row = self._rows[worker * self._width:][:self._width]
 
-    def observe(self, series, value):
-        """Add a value to a histogram. Hold the lock."""
-        row, place = self.row, self.places[series]
+    def add(self, family, value, *key):
+        """Add a value to a series. Hold the lock."""
+        row, place, bounds = self.row, self.places[family][key], FAMILIES[family][2]
         row[place] += value
-        row[place + 1 + bisect_left(FAMILIES[series[0]][3], value)] += 1
+        if bounds:
+            row[place + 1 + bisect_left(bounds, value)] += 1
 
     def count(self, record):
         """Count a request that has ended."""
-        row, places, status = self.row, self.places, STATUSES.get(record.status, "other")
+        add, tries = self.add, record.tries
         operation = OPERATIONS.get(record.path) if record.method == "POST" else None
         with self.lock:
-            row[places["gateway_requests_total", status, record.result]] += 1
+            add("gateway_requests_total", 1, STATUSES.get(record.status, "other"), record.result)
             if record.result == "client_closed":
-                row[places["gateway_client_disconnects_total",]] += 1
-            for backend, outcome in record.tries:
-                row[places["gateway_backend_requests_total", backend, outcome]] += 1
-            if len(record.tries) > 1:
-                row[places["gateway_retries_total",]] += len(record.tries) - 1
+                add("gateway_client_disconnects_total", 1)
+            for backend, outcome in tries:
+                add("gateway_backend_requests_total", 1, backend, outcome)
+            if len(tries) > 1:
+                add("gateway_retries_total", len(tries) - 1)
             if record.first and record.asked:
-                self.observe(("gateway_overhead_seconds",),
-                             record.first - record.asked - record.waited)
+                add("gateway_overhead_seconds", record.first - record.asked - record.waited)
             if not operation:
                 return
-            self.observe(("gen_ai_server_request_duration_seconds", operation),
-                         record.duration_ms / 1000)
+            add("gen_ai_server_request_duration_seconds", record.duration_ms / 1000, operation)
             if record.stream and record.first_piece and record.status == 200:
-                self.observe(("gen_ai_server_time_to_first_token_seconds", operation),
-                             record.first_piece - record.began)
+                add("gen_ai_server_time_to_first_token_seconds",
+                    record.first_piece - record.began, operation)
             for kind, tokens in record.usage.items():
-                self.observe(("gen_ai_client_token_usage", kind), tokens)
+                add("gen_ai_client_token_usage", tokens, kind)
 
     def render(self, gauges):
         """Return Prometheus' text format 0.0.4: of the sums over all workers, and of `gauges`,
         numbers of this worker alone. Of series with labels, those appear that have a number.
         """
-        rows, lines, begun = self._rows.tolist(), [], set()
-        for (family, *key), place in self.places.items():
-            kind, text, labels, bounds = FAMILIES[family]
-            if family not in begun:
-                begun.add(family)
-                lines += [f"# HELP {family} {text}", f"# TYPE {family} {kind}"]
-            total, *counts = (sum(rows[at::self._width]) for at in range(
-                place, place + (len(bounds) + 2 if bounds else 1)))
-            total, counts = gauges.get((family, *key), total), [*itertools.accumulate(counts)]
-            if bounds and (counts[-1] or not key):
+        rows, lines = self._rows.tolist(), []
+        for family, (text, labels, bounds) in FAMILIES.items():
+            kind = "counter" if family.endswith("_total") else "histogram" if bounds else "gauge"
+            lines += [f"# HELP {family} {text}", f"# TYPE {family} {kind}"]
+            for key, place in self.places[family].items():
+                total, *counts = (sum(rows[at::self._width])
+                                  for at in range(place, place + len(bounds) + 2))
+                total, counts = gauges.get((family, *key), total), [*itertools.accumulate(counts)]
+                if key and not total and not counts[-1] and (family, *key) not in gauges:
+                    continue
+                pairs = [f'{label}="{value}"' for label, value in zip(labels, key)]
+                if not bounds:
+                    lines.append(sample(family, pairs, total))
+                    continue
                 for bound, count in zip((*bounds, "+Inf"), counts):
-                    lines.append(sample(f"{family}_bucket", (*labels, "le"), (*key, bound), count))
-                lines += [sample(f"{family}_sum", labels, key, total),
-                          sample(f"{family}_count", labels, key, counts[-1])]
-            elif not bounds and (total or not key or (family, *key) in gauges):
-                lines.append(sample(family, labels, key, total))
+                    lines.append(sample(f"{family}_bucket", [*pairs, f'le="{bound}"'], count))
+                lines += [sample(f"{family}_sum", pairs, total),
+                          sample(f"{family}_count", pairs, counts[-1])]
         return "\n".join([*lines, ""]).encode()
 
 
-def sample(name, labels, values, value):
+def sample(name, labels, value):
     """Return one line of Prometheus' text format."""
-    quoted = (str(text).replace("\\", r"\\").replace('"', r'\"') for text in values)
-    pairs = ",".join(f'{label}="{text}"' for label, text in zip(labels, quoted))
-    return f"{name}{{{pairs}}} {value:.12g}" if pairs else f"{name} {value:.12g}"
+    return f"{name}{{{','.join(labels)}}} {value:.12g}" if labels else f"{name} {value:.12g}"
 
 
 # == 5. Backends ===================================================================================
@@ -1386,8 +1361,7 @@ class Backends:
 
 # == 6. Echo =======================================================================================
 # The answer without a backend: "Echo: " and the last user message, as one completion or as events.
-# Tokens are words between white space. Only here are messages looked into: what is forwarded is for
-# the backend to judge.
+# Tokens are words between white space. Only here are messages looked into.
 
 
 def demand(condition, param, what, code="invalid_type"):
@@ -1423,18 +1397,18 @@ class Echo:
         texts = [text_of(message, f"messages[{i}]") for i, message in enumerate(messages)]
         said = [text for text, message in zip(texts, messages) if message.get("role") == "user"]
         self.text, self.model = "Echo: " + (said or texts)[-1], asked.get("model") or "echo"
-        prompt, completion = sum(len(text.split()) for text in texts), len(self.text.split())
+        prompt, completion = len(" ".join(texts).split()), len(self.text.split())
         self.usage = {"prompt_tokens": prompt, "completion_tokens": completion,
                       "total_tokens": prompt + completion}
         self.with_usage = (asked.get("stream_options") or {}).get("include_usage") is True
-        self.base = {"id": request_id, "object": "chat.completion", "created": int(time.time()),
-                     "model": self.model}
+        self.base = {"id": request_id, "created": int(time.time()), "model": self.model}
 
     def completion(self):
         """Return the chat.completion as JSON bytes."""
         choice = {"index": 0, "message": {"role": "assistant", "content": self.text},
                   "logprobs": None, "finish_reason": "stop"}
-        return json.dumps(self.base | {"choices": [choice], "usage": self.usage}).encode()
+        return json.dumps(self.base | {"object": "chat.completion", "choices": [choice],
+                                       "usage": self.usage}).encode()
 
     def events(self):
         """Yield chat.completion.chunk events: the role, each word, the end, the usage; [DONE]."""
@@ -2186,8 +2160,8 @@ class Server(ThreadingHTTPServer):
         for descriptor in hung_up(forwarding):
             self.backends.pool.cancel(forwarding[descriptor])
         waiting, row, places = len(self.admission.queue), self.metrics.row, self.metrics.places
-        row[places["gateway_requests_in_flight",]] = max(len(forwarding) - waiting, 0)
-        row[places["gateway_queue_depth",]] = waiting
+        row[places["gateway_requests_in_flight"][()]] = max(len(forwarding) - waiting, 0)
+        row[places["gateway_queue_depth"][()]] = waiting
         if self.backends:
             self.backends.pool.expire()
             self.backends.probe_due()

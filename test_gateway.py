@@ -505,7 +505,7 @@ BAD_SETTINGS = {
     "BACKEND_URL": (
         "localhost:8000", "127.0.0.1", "ftp://h/v1", "file:///etc", "http://", "http://h:99999",
         "http://h:0x50", "http://[::1", "http://h/a b", "http://h?a=b", "http://h\nx",
-        "http://h,ftp://h", ",x", "http://[:::::]:80", "http://[1.2.3.4]",
+        "http://h,ftp://h", ",x", "http://[:::::]:80", "http://[1.2.3.4]", "http://h/a\"b",
         "http://a,b:8000", "http://a,http://u:s3cret@b",
         "http://user:s3cret@h/v1", "http://s3cret@h", "user:s3cret@h"),
     "PROBE_INTERVAL": ("-1", "nan", "often"), "WORKERS": ("0", "-1", "many", "257"),
@@ -3898,12 +3898,11 @@ class Meter(Client):
 
 
 def test_metrics_are_prometheus_s_text_with_help_and_type_of_every_family():
-    odd = dead_address() + '/a"b\\c'  # a backend's address is the label that could need escapes
-    with serve(backend_url=f"{dead_address()},{odd}") as server, Meter(server.port) as meter:
+    address = dead_address()
+    with serve(backend_url=f"{address},{dead_address()}") as server, Meter(server.port) as meter:
         assert meter.types == METRIC_TYPES
         assert meter.start[labelled("gateway_build_info", version=gateway.__version__)] == 1
-        odd = odd.replace("\\", "\\\\").replace('"', '\\"')
-        assert meter.start[labelled(UP, backend=odd)] == 1
+        assert meter.start[labelled(UP, backend=address)] == 1
         head, get, post = (ask(server.port, how, "/metrics") for how in ("HEAD", "GET", "POST"))
         assert [(r.status, bool(r.body)) for r in (head, get, post)] == [
             (200, False), (200, True), (405, True)]
