@@ -425,15 +425,12 @@ def parse_request(head, drop):
         raise Malformed("set the client to HTTP/1.1", 505)
     method, minor = match[1].decode(), min(int(match[4]), 1)
     authority, path, target = parse_target(method, match[2], index.get(b"host"), minor)
-    return Request(method, path, target, minor, authority, request_length(index, minor),
+    return Request(method, path, target, minor, authority, body_length(index, minor, 0),
                    is_persistent(options, minor), index, fields)
 
 
 def parse_target(method, target, host, minor):
-    """Return authority, path, and path with query (3.2), for a Host or None; raises Malformed.
-
-    Dot segments are refused: the backend could resolve them to a path that is not below /v1.
-    """
+    """Return authority, path, and path with query (3.2), for a Host or None; raises Malformed."""
     authority = host or b""
     if not HOST.fullmatch(authority) and (minor or host is not None):
         raise Malformed("a request needs exactly one valid Host field")
@@ -444,25 +441,22 @@ def parse_target(method, target, host, minor):
             target = target if target[:1] == b"/" else b"/" + target
         elif method != "OPTIONS" or target != b"*":
             raise Malformed("the request target is neither a path nor an http:// address")
-    path = target.partition(b"?")[0]
+    path = target.partition(b"?")[0]  # dots could lead a backend to a path that is not below /v1
     if {b".", b".."}.intersection(re.split(rb"[/\\]", urllib.parse.unquote_to_bytes(path))):
         raise Malformed("the path holds '.' or '..'; send the path that it leads to")
     return authority, path.decode(), target.decode()
 
 
-def content_length(index):
-    """Return the Content-Length (6.2), None if there is none; raises Malformed if in doubt."""
-    value = index.get(b"content-length")
-    if value is not None and not (value.isdigit() and len(value) < 16):
+def body_length(index, minor, otherwise):
+    """Return the length of a body (6.3), or CHUNKED, or `otherwise` if none is told.
+
+    Raises Malformed where two readers could differ, and 501 for another coding than chunked.
+    """
+    length, coding = index.get(b"content-length"), index.get(b"transfer-encoding")
+    if length is not None and not (length.isdigit() and len(length) < 16):
         raise Malformed("Content-Length must be there once, as digits")
-    return value and int(value)
-
-
-def request_length(index, minor):
-    """Return the length of a request's body (6.3), or CHUNKED; raises Malformed."""
-    length, coding = content_length(index), index.get(b"transfer-encoding")
     if coding is None:
-        return length or 0
+        return otherwise if length is None else int(length)
     if length is not None or not minor:
         raise Malformed("Transfer-Encoding beside Content-Length, or in HTTP/1.0, is ambiguous")
     if b"chunked" in [token.strip(b" \t") for token in coding.lower().split(b",")[:-1]]:
@@ -479,16 +473,11 @@ def parse_response(head, drop, to_head):
     match = STATUS_LINE.fullmatch(line)
     if not match or match[2] == b"101":  # nobody asked to switch protocols
         raise Malformed("its status line is not of the form 'HTTP/1.1 200 OK'")
-    minor, status, coding = int(match[1]), int(match[2]), index.get(b"transfer-encoding")
-    declared, persistent = content_length(index), is_persistent(options, minor)
-    length = UNTIL_CLOSE if declared is None else declared
+    minor, status = int(match[1]), int(match[2])
+    length, persistent = body_length(index, minor, UNTIL_CLOSE), is_persistent(options, minor)
     if to_head or status in (204, 304):
         # Some send the body that is only announced here: it must not be the next response.
-        length, persistent = 0, persistent and not declared and not coding
-    elif coding is not None:
-        if declared is not None or not minor or coding.lower() != b"chunked":
-            raise Malformed("its transfer coding is unknown or in doubt")
-        length = CHUNKED
+        length, persistent = 0, persistent and length in (0, UNTIL_CLOSE)
     return Head(status, match[3] or b"", length, persistent, index, fields)
 
 
@@ -501,9 +490,7 @@ def accepted_request_id(index, ids):
 
 
 class Body:
-    """Decodes a message body that is fed in any pieces; of chunks (7.1), extensions and trailers
-    are checked and dropped. `done` turns true at its end; `rest` then holds what came behind it.
-    """
+    """Decodes a body (7.1) that is fed in any pieces; when it is `done`, `rest` came behind it."""
 
     def __init__(self, length):
         self._chunked, self._left = length == CHUNKED, max(length, 0)
@@ -556,11 +543,8 @@ JSON = json.JSONDecoder(parse_constant=refuse_constant)
 
 
 def parse_json(body):
-    """Parse a body to a dict; raises 400 invalid_json for all that is no JSON object.
-
-    It is decoded first: json.loads(bytes) guesses UTF-16, and takes encoded surrogates.
-    """
-    try:
+    """Parse a body to a dict; raises 400 invalid_json for all that is no JSON object."""
+    try:  # json.loads(bytes) would guess UTF-16, and take encoded surrogates
         text = body.decode().strip(" \t\r\n")
         value, end = JSON.raw_decode(text)  # decode() looks for white space with a pattern: 0.5 us
         if end < len(text):
@@ -651,8 +635,8 @@ log_lines, log_lock, log_time = [], threading.Lock(), 0.0
 def log(line):
     """Write a line to stderr: at once, or if the last write was just now, together with the next.
 
-    A write for each line took 7% of a request's time, and 13% at 128 connections, where it hands
-    the GIL on. What is left over is written by the sweep, within a tenth of a second.
+    A write for each took 7% of a request's time, and 13% at 128 connections, where it hands the GIL
+    on. What is left over is written by the sweep, within a tenth of a second.
     """
     log_lines.append(line.encode("ascii", "backslashreplace") + b"\n")
     if len(log_lines) >= LOG_LINES or time.monotonic() - log_time > LOG_SECONDS:
@@ -745,18 +729,15 @@ class Metrics:
     """
 
     def __init__(self, workers, backends):
-        self.places, self._width, self.lock = {}, 0, threading.Lock()
+        self.places, self.lock, width = {}, threading.Lock(), 0
         for family, (_, labels, bounds) in FAMILIES.items():
             self.places[family] = places = {}
             for key in itertools.product(*(values or backends for values in labels.values())):
-                places[key] = self._width
-                self._width += len(bounds) + 2  # the last bucket has no bound: +Inf
-        self._rows = memoryview(mmap.mmap(-1, 8 * self._width * workers)).cast("d")
-        self.attach(0)
-
-    def attach(self, worker):
-        """Write to the row of this worker from here on."""
-        self.row = self._rows[worker * self._width:][:self._width]
+                places[key] = width
+                width += len(bounds) + 2  # the last bucket has no bound: +Inf
+        numbers = memoryview(mmap.mmap(-1, 8 * width * workers)).cast("d")
+        self.rows = [numbers[worker * width:][:width] for worker in range(workers)]
+        self.row = self.rows[0]
 
     def add(self, family, value, *key):
         """Add a value to a series. Hold the lock."""
@@ -789,19 +770,16 @@ class Metrics:
                 add("gen_ai_client_token_usage", tokens, kind)
 
     def render(self, gauges):
-        """Return Prometheus' text format 0.0.4: of the sums over all workers, and of `gauges`,
-        numbers of this worker alone. Of series with labels, those appear that have a number.
-        """
-        rows, lines = self._rows.tolist(), []
+        """Return Prometheus' text 0.0.4 of all workers' sums, and of `gauges`, this worker's."""
+        sums, lines = [sum(column) for column in zip(*map(list, self.rows))], []
         for family, (text, labels, bounds) in FAMILIES.items():
             kind = "counter" if family.endswith("_total") else "histogram" if bounds else "gauge"
             lines += [f"# HELP {family} {text}", f"# TYPE {family} {kind}"]
             for key, place in self.places[family].items():
-                total, *counts = (sum(rows[at::self._width])
-                                  for at in range(place, place + len(bounds) + 2))
-                total, counts = gauges.get((family, *key), total), [*itertools.accumulate(counts)]
+                total = gauges.get((family, *key), sums[place])
+                counts = [*itertools.accumulate(sums[place + 1:place + 2 + len(bounds)])]
                 if key and not total and not counts[-1] and (family, *key) not in gauges:
-                    continue
+                    continue  # of series with labels, those appear that have a number
                 pairs = [f'{label}="{value}"' for label, value in zip(labels, key)]
                 if not bounds:
                     lines.append(sample(family, pairs, total))
@@ -2286,7 +2264,7 @@ def start_worker(server, number):
     if not pid:
         status = 1
         try:
-            server.metrics.attach(number)
+            server.metrics.row = server.metrics.rows[number]
             server.number, server.loads[number] = number, 0
             status = work(server)
         except BaseException:
