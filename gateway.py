@@ -741,10 +741,10 @@ class Metrics:
 
     def add(self, family, value, *key):
         """Add a value to a series. Hold the lock."""
-        row, place, bounds = self.row, self.places[family][key], FAMILIES[family][2]
-        row[place] += value
-        if bounds:
-            row[place + 1 + bisect_left(bounds, value)] += 1
+        place = self.places[family][key]
+        self.row[place] += value
+        if bounds := FAMILIES[family][2]:
+            self.row[place + 1 + bisect_left(bounds, value)] += 1
 
     def count(self, record):
         """Count a request that has ended."""
