@@ -349,9 +349,9 @@ TRACE = re.compile(rb"(?!ff|00.{54})[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16}
                    rb"-[0-9a-f]{2}(?:-.*)?")  # W3C Trace Context, 3.2.2
 FORM_MODEL = re.compile(rb'[; ]name="?model"?\r\n(?:[^\r\n]{1,256}\r\n){0,8}\r\n'
                         rb"([^\r\n]{1,256})\r\n")  # bounded: each of its starts is hostile
-# In a JSON string the quotes would be escaped: a model cannot write such a field into its text.
+USAGE = re.compile(rb'"usage"[ \t\r\n]*:[ \t\r\n]*\{')
 TOKENS = re.compile(rb'"(prompt|input|completion|output)_tokens"[ \t\r\n]*:[ \t\r\n]*'
-                    rb"([0-9]{1,15})(?![0-9.eE])")
+                    rb"([0-9]{1,15})(?=[ \t\r\n,}])")
 
 Request = namedtuple("Request", "method path target minor authority length persistent index fields")
 Head = namedtuple("Head", "status reason length persistent index fields")  # of a response
@@ -557,11 +557,14 @@ def parse_json(body):
 
 
 def token_usage(data):
-    """Return what an answer's JSON tells last: {"input": tokens, "output": tokens}, or less."""
-    end = data.rfind(b'_tokens"')
-    told = TOKENS.findall(data, max(end - USAGE_BYTES, 0), end + 64) if end >= 0 else ()
+    """Return what the last usage in an answer's JSON tells: {"input": n, "output": n}, or less.
+
+    In a JSON string the quotes would be escaped: a model cannot write a usage into its text.
+    """
+    starts = [start.end() for start in USAGE.finditer(data)] if b'_tokens"' in data else ()
+    told = TOKENS.findall(data, starts[-1], starts[-1] + USAGE_BYTES) if starts else ()
     return {"input" if name in (b"prompt", b"input") else "output": int(count)
-            for name, count in told}
+            for name, count in reversed(told)}  # what is behind the usage does not count
 
 
 def key_name(keys, authorization):
@@ -758,7 +761,7 @@ class Metrics:
                 add("gateway_backend_requests_total", 1, backend, outcome)
             if len(tries) > 1:
                 add("gateway_retries_total", len(tries) - 1)
-            if record.first and record.asked:
+            if record.first and tries:
                 add("gateway_overhead_seconds", record.first - record.asked - record.waited)
             if not operation:
                 return
@@ -2130,7 +2133,9 @@ class Server(ThreadingHTTPServer):
         """Cancel what is forwarded for clients that have gone; close what is due to be closed."""
         self.next_sweep = time.monotonic() + SWEEP_SECONDS
         self.date = f"Date: {formatdate(usegmt=True)}\r\n".encode()
-        flush_log()
+        if log_lines and not log_lock.locked():  # who reads stderr may stall: not this thread
+            with suppress(RuntimeError):
+                start_new_thread(flush_log, ())
         forwarding = {handler.connection.fileno(): request
                       for handler in list(self.connections.values()) if handler
                       and (request := handler.forwarding)
@@ -2236,6 +2241,13 @@ def bind_to_processor(number):
         os.sched_setaffinity(0, {allowed[number % len(allowed)]})
 
 
+def end_at_once(number, _):
+    """End as a second signal asks; what waits to be logged is written, if nobody is writing."""
+    if not log_lock.locked():
+        flush_log()
+    os._exit(128 + number)
+
+
 def work(server):
     """Serve until told to stop, and drain; return the exit status."""
     if server.settings.cpu_affinity:  # the process id: so that not all gateways take the first
@@ -2248,9 +2260,11 @@ def work(server):
         if not CAN_WAIT:
             threading.Event().wait()
     if not server.supervisor:
-        note(server.settings, DRAINING)
-        if CAN_WAIT:  # a second signal does what it does to any process
+        for number in STOP:  # process 1 of a container would ignore them without a handler
+            signal.signal(number, end_at_once)
+        if CAN_WAIT:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
+        note(server.settings, DRAINING)
     if not server.drain(server.settings.shutdown_timeout):
         note(server.settings,
              f"{len(server.connections)} connections were cut off; SHUTDOWN_TIMEOUT")
