@@ -881,9 +881,8 @@ def sample(name, labels, values, value):
 # nothing behind it, neither side said close; and it is used again only if nothing has come since. A
 # request goes out twice only if no backend can have seen it, or if repeating it changes nothing: to
 # the same one if a reused link ended before the first byte of an answer, and to one other if the
-# first one failed. So a request that crashes what it reaches takes down two backends at most. A
-# backend that fails is left alone for a time that doubles; a probe, or one request, then finds out
-# whether it is back.
+# first one failed. So one that crashes what it reaches takes down two backends at most. A backend
+# that fails is left alone for a time that doubles; then a probe, or one request, looks again.
 
 IDLE_SECONDS = 4        # uvicorn, and so vLLM, closes an idle connection after 5
 RECEIVE_BYTES = 65_536  # one read; larger ones cost more to allocate than they save in calls
@@ -912,9 +911,8 @@ def set_timeouts(sock, receive, send):
 
 @lru_cache(256)
 def proxy_for(scheme, host):
-    """Return the login, or "", and the address of the environment's proxy for this host, or None.
-
-    None for loopback. Raises ValueError for an address that is none. It takes as long as a connect.
+    """Return the address of the environment's proxy for this host, and the fields to log in there;
+    None for loopback. Raises ValueError for an address that is none. As slow as a connect.
     """
     name = urllib.parse.urlsplit(f"//{host}").hostname or ""
     proxy = urllib.request.getproxies().get(scheme)
@@ -922,16 +920,16 @@ def proxy_for(scheme, host):
         return None
     parts = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     login, _, address = parts.netloc.rpartition("@")
-    return urllib.parse.unquote(login), address
+    words = b64encode(urllib.parse.unquote_to_bytes(login)).decode()
+    return address, {"Proxy-Authorization": f"Basic {words}"} if login else {}
 
 
 class BackendRequest(urllib.request.Request):
     """A request on its way to a backend; `fields` are its header lines but Host, ready as bytes.
 
-    It sets what the opener asks of urllib's Request itself: the stock __init__ parses the address
-    each time, which takes 7 us. `links` are the connections that it holds, two if an answer waits
-    on the first; `cancelled` becomes true when the client has gone, `turn` is the Event on which it
-    waits for its turn; `patience` is how many seconds the backend may be silent.
+    The stock __init__ would parse the address each time, 7 us. `links` are those that it holds, two
+    if an answer waits on the first; `patience` is how many seconds the backend may be silent;
+    `cancelled`: the client has gone; `turn` is the Event on which it waits for its turn.
     """
 
     __slots__ = ("full_url", "data")  # plain attributes here, properties there
@@ -945,17 +943,17 @@ class BackendRequest(urllib.request.Request):
 class Link:
     """One connection to a backend; `key` is its scheme and host, `idle_since` 0 if it is new.
 
-    `persistent` turns false if a request broke off, as what follows would be taken for the rest of
-    it, or if either side said close.
+    `persistent` turns false if a request broke off (what follows would be taken for the rest of it)
+    or the backend said close. Without poll (Windows), links are not used again.
     """
 
     idle_since, persistent, patience = 0.0, True, None
 
     def __init__(self, sock, key):
         self.sock, self.key = sock, key
-        self._poller = select.poll() if hasattr(select, "poll") else None
-        if self._poller:
-            self._poller.register(sock, select.POLLIN)
+        self.poller = select.poll() if hasattr(select, "poll") else None
+        if self.poller:
+            self.poller.register(sock, select.POLLIN)
 
     def send(self, head, body):
         """Send a request, or a part of it: what became of that is for receive() to find out.
@@ -963,10 +961,9 @@ class Link:
         A send that breaks off or times out may hide an answer that is there already, such as a 413.
         """
         try:
-            if len(body) > RECEIVE_BYTES:  # to copy it would cost more than another call
-                self.sock.sendall(head)
-                head = b""
-            self.sock.sendall(head + body)
+            # To copy a large body would cost more than another call.
+            for part in (head + body,) if len(body) <= RECEIVE_BYTES else (head, body):
+                self.sock.sendall(part)
         except OSError:
             self.persistent = False
 
@@ -979,11 +976,6 @@ class Link:
                                  " later, or raise BACKEND_TIMEOUT") from None
         except OSError:
             return None
-
-    def is_readable(self):
-        """Tell whether bytes or an end have come, which an idle link has no reason for."""
-        return bool(self._poller.poll(0) if self._poller
-                    else select.select([self.sock], [], [], 0)[0])
 
 
 class Pool(urllib.request.BaseHandler):
@@ -1018,7 +1010,7 @@ class Pool(urllib.request.BaseHandler):
     https_open = http_open
 
     def _take(self, request):
-        """Give the request an idle link, and return it; None if there is none."""
+        """Give the request an idle link, and return it; None if no good one is left."""
         while True:
             with self._lock:
                 idle = self._idle[request.backend.key]
@@ -1026,27 +1018,22 @@ class Pool(urllib.request.BaseHandler):
                     return None
                 link = idle.pop()
                 request.links.append(link)
-            if time.monotonic() - link.idle_since < IDLE_SECONDS and not link.is_readable():
+            fresh = time.monotonic() - link.idle_since < IDLE_SECONDS
+            if fresh and link.poller and not link.poller.poll(0):  # no bytes have come, and no end
                 return link
             self.release(request, link, False)
 
     def _dial(self, request):
-        """Give the request a new link, and return it; raises Unreachable.
-
-        http.client does TLS, and CONNECT, by which a proxy is used for http as well.
-        """
-        scheme, host = request.backend.key
-        proxy, options = None, {"timeout": self._settings.connect_timeout}
+        """Give the request a new link, and return it; raises Unreachable."""
+        (scheme, host), timeout, proxy = request.backend.key, self._settings.connect_timeout, None
         try:
             proxy = proxy_for(scheme, host)
-            login, address = proxy or ("", host)
+            address, login = proxy or (host, {})
             connection = http.client.HTTPSConnection(
-                address, context=self._tls, **options) if scheme == "https" else (
-                http.client.HTTPConnection(address, **options))
-            if proxy:
-                words = b64encode(login.encode()).decode()
-                connection.set_tunnel(host, headers=login and {
-                    "Proxy-Authorization": f"Basic {words}"})
+                address, timeout=timeout, context=self._tls) if scheme == "https" else (
+                http.client.HTTPConnection(address, timeout=timeout))
+            if proxy:  # by CONNECT, for http as well
+                connection.set_tunnel(host, headers=login)
             connection.connect()
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise Unreachable(f"the backend {scheme}://{host} cannot be reached"
@@ -1106,11 +1093,11 @@ class Pool(urllib.request.BaseHandler):
             if body.done:
                 return
             data = link.receive()
+            if data == b"" and head.length == UNTIL_CLOSE and not request.cancelled:
+                return
             if not data:
-                break
-        if data is None or head.length != UNTIL_CLOSE or request.cancelled:
-            raise Broken("the backend closed the connection in the middle of its response; its own"
-                         " log may say why")
+                raise Broken("the backend closed the connection in the middle of its response; its"
+                             " own log may say why")
 
     def release(self, request, link, at_boundary):
         """Take a link from its request: keep it for the next one if that is safe, else close it."""
@@ -1189,13 +1176,12 @@ class Backends:
         self.authorization = b""  # the header line with the backends' key
 
     def open(self, request, record):
-        """Return the Response to a BackendRequest, from the first backend that gives a good one.
+        """Return the first good Response to a BackendRequest; raises APIError or ClientGone.
 
         What was sent decides, and the class of the failure proves it. A backend that could not be
-        reached has not seen the request: the next one gets it. If one broke, or answered 429, 502,
-        503, 504 or 508, one other gets it, if it may be repeated; such an answer waits on its link.
-        A time-out is final: the backend may be at work. Of what came back, the last stands. Raises
-        APIError, or ClientGone.
+        reached has not seen the request: the next one gets it. If one broke, or answered 429 or
+        BUSY, one other gets it, if it may be repeated; such an answer waits on its link. A time-out
+        is final: the backend may be at work. Of what came back, the last stands.
         """
         tried, final, left, only_free = [], None, 2 if request.repeatable else 1, False
         while left and self._choose(request, tried, only_free):
@@ -1216,16 +1202,15 @@ class Backends:
         if isinstance(final, Response):
             return final
         if isinstance(final, Unreachable) and len(self.all) > 1:
-            raise APIError(503, "no_healthy_backend", f"none of the backends can be reached"
-                           f" ({len(tried)} tried); try again", fields=b"Retry-After: 1\r\n")
+            raise APIError(503, "no_healthy_backend", "none of the backends can be reached; try"
+                           " again", fields=b"Retry-After: 1\r\n")
         raise final
 
     def _choose(self, request, tried, only_free):
         """Direct the request to the backend to try next, and return whether there is one.
 
-        It serves the model, or nobody does; it is up, or the one that may be tried the soonest; it
-        is not silent, if another can be had; and of those it has the fewest requests in flight, or
-        has waited longest for its turn.
+        It serves the model, or nobody does; it may be tried now, or the soonest; it is not silent,
+        if another can be had; it has the fewest requests in flight, or has waited longest.
         """
         now, left = time.monotonic(), self.all
         with self._lock:
@@ -1276,9 +1261,8 @@ class Backends:
     def close(self, request):
         """The request has ended: stop what backends still do for it."""
         self.pool.close(request)
-        if request.backend:
-            with self._lock:
-                request.backend.in_flight -= 1
+        with self._lock:
+            request.backend.in_flight -= 1
 
     def failed(self, backend, why, wait=0):
         """Leave the backend alone for a while, `wait` seconds if it said so."""
@@ -1335,11 +1319,10 @@ class Backends:
             backend.probing, backend.probed = False, True
 
     def models(self):
-        """Return the list of the models of all backends that are up as JSON, or None if none is
-        known; the first one's card of a model stays."""
+        """Return the list of the models of all backends that are up as JSON, if any is known."""
         known, cards = [b.models for b in self.all if b.up and b.models is not None], {}
         for models in known:
-            cards |= models | cards
+            cards |= models | cards  # the first one's card of a model stays
         return known and f'{{"object": "list", "data": [{", ".join(cards.values())}]}}'.encode()
 
 
@@ -2393,7 +2376,7 @@ def start_up_line(server):
     for backend in server.backends.all:
         try:
             proxy = proxy_for(backend.scheme, backend.host)
-            by = f" by the proxy {proxy[1]}" if proxy else ""
+            by = f" by the proxy {proxy[0]}" if proxy else ""
         except ValueError:
             by = f" by a proxy whose address in {backend.scheme.upper()}_PROXY is wrong"
         places.append(backend.url + by)
