@@ -899,8 +899,7 @@ Response = namedtuple("Response", "backend head rest whole pieces")
 def set_timeouts(sock, receive, send):
     """Bound each receive and each send of a blocking socket, in seconds.
 
-    With the kernel's own timeouts a call stays one system call; settimeout() makes it two, a poll
-    and the operation. It serves where they are missing, and for TLS, where Python's ssl needs it.
+    settimeout() makes each two system calls, a poll and the operation; TLS of Python's needs that.
     """
     if os.name != "posix" or isinstance(sock, ssl.SSLSocket):
         return sock.settimeout(receive)
@@ -954,18 +953,6 @@ class Link:
         self.poller = select.poll() if hasattr(select, "poll") else None
         if self.poller:
             self.poller.register(sock, select.POLLIN)
-
-    def send(self, head, body):
-        """Send a request, or a part of it: what became of that is for receive() to find out.
-
-        A send that breaks off or times out may hide an answer that is there already, such as a 413.
-        """
-        try:
-            # To copy a large body would cost more than another call.
-            for part in (head + body,) if len(body) <= RECEIVE_BYTES else (head, body):
-                self.sock.sendall(part)
-        except OSError:
-            self.persistent = False
 
     def receive(self):
         """Return the next bytes, b"" at their end, None where the connection broke."""
@@ -1049,15 +1036,20 @@ class Pool(urllib.request.BaseHandler):
 
     def _exchange(self, request, link):
         """Send the request and read the head of its response, past any 1xx (RFC 9110, 15.2)."""
-        backend, head, data, failure = request.backend, None, b"", NoAnswer
+        backend, body, head, data, failure = request.backend, request.data, None, b"", NoAnswer
         if request.cancelled:
             raise ClientGone
         if link.patience != request.patience:
             link.patience = request.patience
             set_timeouts(link.sock, request.patience, request.patience)
-        link.send(b"%b %b HTTP/1.1\r\n%b%b\r\n" % (
+        sent = b"%b %b HTTP/1.1\r\n%b%b\r\n" % (
             request.method.encode(), (backend.path + request.target).encode(), backend.host_line,
-            request.fields), request.data)
+            request.fields)
+        try:  # to copy a large body would cost more than another call
+            for part in (sent + body,) if len(body) <= RECEIVE_BYTES else (sent, body):
+                link.sock.sendall(part)
+        except OSError:  # an answer may be there already, such as a 413
+            link.persistent = False
         try:
             while not head or head.status < 200:
                 scanned = 0
