@@ -911,7 +911,7 @@ def set_timeouts(sock, receive, send):
 @lru_cache(256)
 def proxy_for(scheme, host):
     """Return the address of the environment's proxy for this host, and the fields to log in there;
-    None for loopback. Raises ValueError for an address that is none. As slow as a connect.
+    None if there is none. Raises ValueError for what is no address. As slow as a connect.
     """
     name = urllib.parse.urlsplit(f"//{host}").hostname or ""
     proxy = urllib.request.getproxies().get(scheme)
@@ -926,9 +926,9 @@ def proxy_for(scheme, host):
 class BackendRequest(urllib.request.Request):
     """A request on its way to a backend; `fields` are its header lines but Host, ready as bytes.
 
-    The stock __init__ would parse the address each time, 7 us. `links` are those that it holds, two
-    if an answer waits on the first; `patience` is how many seconds the backend may be silent;
-    `cancelled`: the client has gone; `turn` is the Event on which it waits for its turn.
+    `links` are those that it holds, two if an answer waits on the first; `patience` is how many
+    seconds a backend may be silent; `cancelled` tells that the client has gone; `turn` is the Event
+    on which it waits for its turn. (The stock __init__ parses the address each time: 7 us.)
     """
 
     __slots__ = ("full_url", "data")  # plain attributes here, properties there
@@ -1035,7 +1035,7 @@ class Pool(urllib.request.BaseHandler):
         return link
 
     def _exchange(self, request, link):
-        """Send the request and read the head of its response, past any 1xx (RFC 9110, 15.2)."""
+        """Send the request, and return the response behind any 1xx (RFC 9110, 15.2)."""
         backend, body, head, data, failure = request.backend, request.data, None, b"", NoAnswer
         if request.cancelled:
             raise ClientGone
@@ -1239,12 +1239,11 @@ class Backends:
             elif not backend.up:
                 self.succeeded(backend)
             return answer
-        except APIError as error:
+        except BackendError as error:
             if request.cancelled:
                 raise ClientGone from None
             error.backend, outcome = backend, error.code
-            if isinstance(error, BackendError):
-                self.failed(backend, error.message)
+            self.failed(backend, error.message)
             raise
         finally:
             record.waited += time.monotonic() - began
@@ -1302,9 +1301,9 @@ class Backends:
             backend.models = backend.models if cards is None else cards
             if backend.retry_at <= time.monotonic():
                 self.succeeded(backend)
-        except APIError as error:
+        except BackendError as error:
             backend.silent = isinstance(error, BackendTimeout)
-            if isinstance(error, BackendError) and not (backend.silent and backend.in_flight):
+            if not (backend.silent and backend.in_flight):
                 self.failed(backend, error.message)
         finally:
             self.pool.close(request)
