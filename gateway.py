@@ -607,7 +607,7 @@ BY_STATUS = {"status": (*STATUSES.values(), "other"),
 BY_OPERATION = {"gen_ai_operation_name": ("chat", "text_completion", "embeddings", "other")}
 BY_BACKEND = {"backend": (), "outcome": (  # the backends are those of BACKEND_URL
     *(f"{hundred}xx" for hundred in range(2, 10)), "backend_unreachable", "backend_error",
-    "backend_timeout", "too_many_connections", "cancelled")}
+    "backend_timeout", "cancelled")}
 FAMILIES = {  # name: (help, labels and their values, upper bounds of a histogram's buckets)
     "gen_ai_server_request_duration_seconds": (
         "Duration of inference requests.", BY_OPERATION, LATENCY),
@@ -806,9 +806,8 @@ def sample(name, labels, value):
 # nothing behind it, neither side said close; and it is used again only if nothing has come since. A
 # request goes out twice only if no backend can have seen it, or if repeating it changes nothing: to
 # the same one if a reused link ended before the first byte of an answer, and to one other if the
-# first one failed. So a request that crashes what it reaches takes down two backends at most. A
-# backend that fails is left alone for a time that doubles; a probe, or one request, then finds out
-# whether it is back.
+# first one failed. So one that crashes what it reaches takes down two backends at most. A backend
+# that fails is left alone for a time that doubles; then a probe, or one request, looks again.
 
 IDLE_SECONDS = 4        # uvicorn, and so vLLM, closes an idle connection after 5
 RECEIVE_BYTES = 65_536  # one read; larger ones cost more to allocate than they save in calls
@@ -817,12 +816,15 @@ MAX_RETRY_AFTER = 300   # seconds that a backend may ask for
 MAX_LIST_PIECES = 64    # of a list of models, each of up to RECEIVE_BYTES
 BUSY = frozenset((502, 503, 504, 508))  # it, or one behind it, cannot answer now: another may
 
+# `rest` is what of the body came with the head, `whole` tells that this is all of it; `pieces`
+# yields the body as it comes, and raises Broken or BackendTimeout if that does not become whole.
+Response = namedtuple("Response", "backend head rest whole pieces")
+
 
 def set_timeouts(sock, receive, send):
     """Bound each receive and each send of a blocking socket, in seconds.
 
-    With the kernel's own timeouts a call stays one system call; settimeout() makes it two, a poll
-    and the operation. It serves where they are missing, and for TLS, where Python's ssl needs it.
+    settimeout() makes each two system calls, a poll and the operation; TLS of Python's needs that.
     """
     if os.name != "posix" or isinstance(sock, ssl.SSLSocket):
         return sock.settimeout(receive)
@@ -833,76 +835,49 @@ def set_timeouts(sock, receive, send):
 
 @lru_cache(256)
 def proxy_for(scheme, host):
-    """Return the environment's proxy for this host as a SplitResult, or None; none for loopback.
-
-    Raises ValueError if the variable holds no address. The look-up takes as long as a connect.
+    """Return the address of the environment's proxy for this host, and the fields to log in there;
+    None if there is none. Raises ValueError for what is no address. As slow as a connect.
     """
     name = urllib.parse.urlsplit(f"//{host}").hostname or ""
-    address = urllib.request.getproxies().get(scheme)
-    if is_loopback(name) or not address or urllib.request.proxy_bypass(host):
+    proxy = urllib.request.getproxies().get(scheme)
+    if is_loopback(name) or not proxy or urllib.request.proxy_bypass(host):
         return None
-    return urllib.parse.urlsplit(address if "://" in address else f"http://{address}")
+    parts = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    login, _, address = parts.netloc.rpartition("@")
+    words = b64encode(urllib.parse.unquote_to_bytes(login)).decode()
+    return address, {"Proxy-Authorization": f"Basic {words}"} if login else {}
 
 
 class BackendRequest(urllib.request.Request):
-    """A request on its way to a backend; `fields` are its header lines, ready as bytes.
+    """A request on its way to a backend; `fields` are its header lines but Host, ready as bytes.
 
-    It sets the documented attributes of urllib's Request itself, and plain ones: the stock
-    __init__ parses the address each time, which takes 7 us. `link` is the connection that it
-    holds, `spare` one on which an answer waits that may not be wanted; `cancelled` becomes true
-    when the client has gone, `turn` is the Event on which it waits for its turn; `patience` is how
-    long the backend may be silent.
+    `links` are those that it holds, two if an answer waits on the first; `patience` is how many
+    seconds a backend may be silent; `cancelled` tells that the client has gone; `turn` is the Event
+    on which it waits for its turn. (The stock __init__ parses the address each time: 7 us.)
     """
 
     __slots__ = ("full_url", "data")  # plain attributes here, properties there
-    unverifiable, origin_req_host, headers = False, "", {}
-    link = spare = backend = turn = None
-    cancelled = False
+    headers, backend, turn, cancelled = {}, None, None, False
 
     def __init__(self, method, target, fields, body, model, repeatable, patience):
         self.method, self.target, self.data, self.model = method, target, body, model
-        self.own_fields, self.repeatable, self.patience = fields, repeatable, patience
-
-    def aim(self, backend):
-        """Direct it to this backend."""
-        self.backend, self.type, self.host = backend, backend.scheme, backend.host
-        self.selector = backend.path + self.target
-        self.full_url = backend.origin + self.selector
-        self.fields = backend.host_line + self.own_fields
+        self.fields, self.repeatable, self.patience, self.links = fields, repeatable, patience, []
 
 
 class Link:
-    """One connection to a backend: `key` is its scheme and host.
+    """One connection to a backend; `key` is its scheme and host, `idle_since` 0 if it is new.
 
-    `proxy_fields` is None, or what a request adds for the http proxy at the other end. `half_sent`
-    tells that a request broke off: whatever follows would be taken for the rest of it.
+    `persistent` turns false if a request broke off (what follows would be taken for the rest of it)
+    or the backend said close. Without poll (Windows), links are not used again.
     """
 
-    idle_since, half_sent, patience = 0.0, False, None
+    idle_since, persistent, patience = 0.0, True, None
 
-    def __init__(self, sock, key, proxy_fields):
-        self.sock, self.key, self.proxy_fields = sock, key, proxy_fields
-        self._poller = select.poll() if hasattr(select, "poll") else None
-        if self._poller:
-            self._poller.register(sock, select.POLLIN)
-
-    def send(self, head, body):
-        """Send a request; raises BackendTimeout.
-
-        A send that breaks off may hide an answer that is there already, such as a 413, with or
-        without a close; so what became of it is for receive() to find out.
-        """
-        try:
-            if len(body) > RECEIVE_BYTES:  # to copy it would cost more than another call
-                self.sock.sendall(head)
-                head = b""
-            self.sock.sendall(head + body)
-        except OSError as error:
-            # Of TLS, there may be more to read than answers.
-            if isinstance(error, (TimeoutError, BlockingIOError)) and (
-                    isinstance(self.sock, ssl.SSLSocket) or not self.is_readable()):
-                raise BackendTimeout("the backend does not take the request") from None
-            self.half_sent = True
+    def __init__(self, sock, key):
+        self.sock, self.key = sock, key
+        self.poller = select.poll() if hasattr(select, "poll") else None
+        if self.poller:
+            self.poller.register(sock, select.POLLIN)
 
     def receive(self):
         """Return the next bytes, b"" at their end, None where the connection broke."""
@@ -914,57 +889,12 @@ class Link:
         except OSError:
             return None
 
-    def is_readable(self):
-        """Tell whether bytes or an end have come, which an idle link has no reason for."""
-        return bool(self._poller.poll(0) if self._poller
-                    else select.select([self.sock], [], [], 0)[0])
-
-
-class Response:
-    """A backend's response: its head, and its body as it comes; `whole` if `rest` is all of that.
-
-    It holds the link on which it comes, and gives it back to the pool at the end of the body.
-    """
-
-    def __init__(self, pool, request, head, rest):
-        self.head, self.rest, self._pool, self._request = head, rest, pool, request
-        self.link, self.whole = request.link, 0 <= head.length <= len(rest)
-        if self.whole:
-            self.rest = rest[:head.length]
-            self._finish(len(rest) == head.length)
-
-    def _finish(self, at_boundary):
-        """The body is whole: keep the link if nothing else is on it."""
-        good = at_boundary and self.head.persistent and not self.link.half_sent
-        (self._pool.keep if good else self._pool.drop)(self._request)
-
-    def pieces(self):
-        """Yield the body as it comes; raises Broken or BackendTimeout if it is not whole."""
-        data, body = self.rest, Body(self.head.length)
-        while True:
-            try:
-                piece = body.feed(data)
-            except Malformed as error:
-                raise Broken(f"the backend broke HTTP: {error.message}") from None
-            if body.done:
-                self._finish(not body.rest)
-            if piece:
-                yield piece
-            if body.done:
-                return
-            data = self.link.receive()
-            if not data:
-                break
-        if data is None or self.head.length != UNTIL_CLOSE or self._request.cancelled:
-            raise Broken("the backend closed the connection in the middle of its response; its own"
-                         " log may say why")
-
 
 class Pool(urllib.request.BaseHandler):
     """The handler of urllib's opener for http and https: it keeps links alive.
 
-    Invariant: an open link is either in `_idle` or held by one request; both change under `_lock`
-    alone, and links are closed after it.
+    Invariant: an open link is either in `_idle` or among one request's `links`; both change under
+    `_lock` alone. Nothing that is done under it blocks.
     """
 
     def __init__(self, settings):
@@ -975,137 +905,148 @@ class Pool(urllib.request.BaseHandler):
         self._dropped = NOT_RETURNED | CORS_FIELDS if settings.cors_origins else NOT_RETURNED
 
     def http_open(self, request):
-        """Send a BackendRequest and return its Response, whose head has come.
-
-        Raises Unreachable, Broken, NoAnswer or BackendTimeout.
-        """
-        if self._take(request):
+        """Send a BackendRequest; return its Response, whose head has come. Raises BackendError."""
+        link = self._take(request) or self._dial(request)
+        try:
+            return self._exchange(request, link)
+        except NoAnswer as error:
+            if not (link.idle_since and request.repeatable) or request.cancelled:
+                raise
+            self.release(request, link, False)
             try:
-                return self._exchange(request)
-            except NoAnswer as error:
-                if not request.repeatable or request.cancelled:
-                    raise
-                unanswered = error
-            self.drop(request)
-            try:
-                self._dial(request)
+                link = self._dial(request)
             except Unreachable:
-                raise unanswered from None  # the request may be what ended the backend
-        return self._exchange(request)
+                raise error from None  # the request may be what ended the backend
+        return self._exchange(request, link)
 
     https_open = http_open
 
-    def _exchange(self, request):
-        """Send the request and read the head of its response, past any 1xx (RFC 9110, 15.2)."""
-        link, data, failure = request.link, b"", NoAnswer
-        if request.cancelled:
-            raise ClientGone
-        if link.patience != request.patience:
-            link.patience = request.patience
-            set_timeouts(link.sock, request.patience, request.patience)
-        target = request.selector if link.proxy_fields is None else request.full_url
-        link.send(b"%b %b HTTP/1.1\r\n%b%b\r\n" % (
-            request.method.encode(), target.encode(), request.fields, link.proxy_fields or b""),
-            request.data)
-        try:
-            while True:
-                end = find_head(data) if data else -1
-                while end < 0:
-                    piece = link.receive()
-                    if not piece:
-                        raise failure("the backend closed the connection before its response was"
-                                      " there; its own log may say why")
-                    data, scanned, failure = data + piece, len(data), Broken
-                    end = find_head(data, scanned)
-                head = parse_response(data[:end], self._dropped, request.method == "HEAD")
-                data = data[end + 4:]
-                if head.status >= 200:
-                    return Response(self, request, head, data)
-        except Malformed as error:
-            raise Broken(f"the backend broke HTTP: {error.message}") from None
-
     def _take(self, request):
-        """Give the request a link; tell whether it was used before."""
+        """Give the request an idle link, and return it; None if no good one is left."""
         while True:
             with self._lock:
                 idle = self._idle[request.backend.key]
-                link = request.link = idle.pop() if idle else None
-            if not link:
-                self._dial(request)
-                return False
-            if time.monotonic() - link.idle_since < IDLE_SECONDS and not link.is_readable():
-                return True
-            self.drop(request)
+                if not idle:
+                    return None
+                link = idle.pop()
+                request.links.append(link)
+            fresh = time.monotonic() - link.idle_since < IDLE_SECONDS
+            if fresh and link.poller and not link.poller.poll(0):  # no bytes have come, and no end
+                return link
+            self.release(request, link, False)
 
     def _dial(self, request):
-        """Give the request a new link; http.client does TLS and CONNECT. Raises Unreachable."""
-        timeout, scheme, host = self._settings.connect_timeout, request.type, request.host
-        proxy, login = None, {}
+        """Give the request a new link, and return it; raises Unreachable."""
+        (scheme, host), timeout, proxy = request.backend.key, self._settings.connect_timeout, None
         try:
             proxy = proxy_for(scheme, host)
-            if proxy and proxy.username:
-                words = urllib.parse.unquote(f"{proxy.username}:{proxy.password or ''}")
-                login = {"Proxy-Authorization": f"Basic {b64encode(words.encode()).decode()}"}
-            address = proxy.netloc.rpartition("@")[2] if proxy else host
+            address, login = proxy or (host, {})
             connection = http.client.HTTPSConnection(
                 address, timeout=timeout, context=self._tls) if scheme == "https" else (
                 http.client.HTTPConnection(address, timeout=timeout))
-            if proxy and scheme == "https":
+            if proxy:  # by CONNECT, for http as well
                 connection.set_tunnel(host, headers=login)
             connection.connect()
         except (OSError, http.client.HTTPException, ValueError) as error:
-            if getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE):  # not its fault
-                raise APIError(503, "too_many_connections", "the gateway has no descriptor left;"
-                               " try again, or raise its limit (ulimit -n)",
-                               fields=b"Retry-After: 1\r\n") from None
             raise Unreachable(f"the backend {scheme}://{host} cannot be reached"
                               f"{' by its proxy' if proxy else ''}: {error}; is it running?"
                               " BACKEND_URL right?") from None
         connection.sock.settimeout(None)
         if scheme == "https":
             connection.sock.suppress_ragged_eofs = False  # an end without its alert is a cut (9.8)
-        fields = "".join(f"{name}: {value}\r\n" for name, value in login.items()).encode()
+        link = Link(connection.sock, request.backend.key)
         with self._lock:
-            request.link = Link(connection.sock, request.backend.key,
-                                fields if proxy and scheme == "http" else None)
+            request.links.append(link)
+        return link
 
-    def keep(self, request):
-        """Put the request's link back for the next request."""
-        with self._lock:
-            link = request.link
-            if not request.cancelled:
-                link.idle_since, request.link = time.monotonic(), None
-                self._idle[link.key].append(link)
+    def _exchange(self, request, link):
+        """Send the request, and return the response behind any 1xx (RFC 9110, 15.2)."""
+        backend, body, head, data, failure = request.backend, request.data, None, b"", NoAnswer
+        if request.cancelled:
+            raise ClientGone
+        if link.patience != request.patience:
+            link.patience = request.patience
+            set_timeouts(link.sock, request.patience, request.patience)
+        sent = b"%b %b HTTP/1.1\r\n%b%b\r\n" % (
+            request.method.encode(), (backend.path + request.target).encode(), backend.host_line,
+            request.fields)
+        try:  # to copy a large body would cost more than another call
+            for part in (sent + body,) if len(body) <= RECEIVE_BYTES else (sent, body):
+                link.sock.sendall(part)
+        except OSError:  # an answer may be there already, such as a 413
+            link.persistent = False
+        try:
+            while not head or head.status < 200:
+                scanned = 0
+                while not data or (end := find_head(data, scanned)) < 0:
+                    scanned, piece = len(data), link.receive()
+                    if not piece:
+                        raise failure("the backend closed the connection before its response was"
+                                      " there; its own log may say why")
+                    data, failure = data + piece, Broken
+                head = parse_response(data[:end], self._dropped, request.method == "HEAD")
+                data = data[end + 4:]
+        except Malformed as error:
+            raise Broken(f"the backend broke HTTP: {error.message}") from None
+        link.persistent = link.persistent and head.persistent
+        if not 0 <= head.length <= len(data):
+            return Response(backend, head, data, False, self._pieces(request, link, head, data))
+        self.release(request, link, head.length == len(data))
+        data = data[:head.length]
+        return Response(backend, head, data, True, (data,))
 
-    def drop(self, request):
-        """Close the request's link, if it holds one still."""
+    def _pieces(self, request, link, head, data):
+        """Yield a response's body, of which `data` has come; see Response."""
+        body = Body(head.length)
+        while True:
+            try:
+                piece = body.feed(data)
+            except Malformed as error:
+                raise Broken(f"the backend broke HTTP: {error.message}") from None
+            if body.done:
+                self.release(request, link, not body.rest)
+            if piece:
+                yield piece
+            if body.done:
+                return
+            data = link.receive()
+            if data == b"" and head.length == UNTIL_CLOSE and not request.cancelled:
+                return
+            if not data:
+                raise Broken("the backend closed the connection in the middle of its response; its"
+                             " own log may say why")
+
+    def release(self, request, link, at_boundary):
+        """Take a link from its request: keep it for the next one if that is safe, else close it."""
         with self._lock:
-            link, request.link = request.link, None
-        if link:
-            link.sock.close()
+            request.links.remove(link)
+            if at_boundary and link.persistent and not request.cancelled:
+                link.idle_since = time.monotonic()
+                return self._idle[link.key].append(link)
+        link.sock.close()
+
+    def close(self, request):
+        """Close the links that a request holds still: what it asked for is not wanted any more."""
+        while request.links:
+            self.release(request, request.links[0], False)
 
     def cancel(self, request):
-        """End a request from another thread: what waits for it sees the end at once.
-
-        The lock is held over the shutdown, which does not block: the link is still this request's.
-        """
+        """End a request from another thread: what waits for it sees the end at once."""
         with self._lock:
             request.cancelled = True
             if request.turn:
                 request.turn.set()
-            if request.link:
+            for link in request.links:
                 with suppress(OSError):
-                    socket.socket.shutdown(request.link.sock, socket.SHUT_RDWR)  # below any TLS
+                    socket.socket.shutdown(link.sock, socket.SHUT_RDWR)  # below any TLS
 
     def expire(self):
         """Close the links that have been idle for too long."""
-        before, old = time.monotonic() - IDLE_SECONDS, []
+        before = time.monotonic() - IDLE_SECONDS
         with self._lock:
             for links in self._idle.values():
                 while links and links[0].idle_since < before:  # the longest idle is first
-                    old.append(links.pop(0))
-        for link in old:
-            link.sock.close()
+                    links.pop(0).sock.close()
 
 
 class Backend:
@@ -1113,25 +1054,21 @@ class Backend:
 
     `models` are the cards of /v1/models, JSON texts by id, or None if they are not known. While
     `up` is false, nothing is sent before `retry_at`, and then one request every `back_off` seconds.
-    `silent`: its last probe or request had no answer in time. Changed under Backends' lock.
+    `silent`: its last probe had no answer in time. Changed under Backends' lock.
     """
 
-    up, silent, models, probing, probed = True, False, None, None, False
+    up, silent, models, probing, probed = True, False, None, False, False
     back_off, retry_at, probe_at, in_flight, turn = 0, 0.0, 0.0, 0, 0
 
     def __init__(self, url):
         self.url, parts = url, urllib.parse.urlsplit(url)
         self.key = self.scheme, self.host = parts.scheme, parts.netloc
-        self.path, self.origin = parts.path, f"{self.scheme}://{self.host}"
-        self.host_line = b"Host: %b\r\n" % self.host.encode()
+        self.path, self.host_line = parts.path, b"Host: %b\r\n" % self.host.encode()
 
-    def is_free(self, now):
-        """Tell whether a request may be sent to it."""
-        return self.up or now >= self.retry_at
-
-    def serves(self, model, now):
-        """Tell whether it lists the model, or may have it as its models are not known."""
-        return self.is_free(now) if self.models is None else model in self.models
+    def rest(self, now):
+        """Leave it alone for a time that doubles."""
+        self.up, self.back_off = False, min(max(2 * self.back_off, 1), MAX_BACK_OFF)
+        self.retry_at = now + self.back_off
 
 
 def model_cards(body):
@@ -1156,187 +1093,152 @@ class Backends:
         self.authorization = b""  # the header line with the backends' key
 
     def open(self, request, record):
-        """Return the Response to a BackendRequest, from the first backend that gives a good one.
+        """Return the first good Response to a BackendRequest; raises APIError or ClientGone.
 
         What was sent decides, and the class of the failure proves it. A backend that could not be
-        reached has not seen the request: the next one gets it. If one broke, or answered 429, 502,
-        503, 504 or 508, one other gets it, if it may be repeated; such an answer waits on its link.
-        A time-out is final: the backend may be at work. Of what came back, the last stands. Raises
-        APIError, or ClientGone.
+        reached has not seen the request: the next one gets it. If one broke, or answered 429 or
+        BUSY, one other gets it, if it may be repeated; such an answer waits on its link. A time-out
+        is final: the backend may be at work. Of what came back, the last stands.
         """
-        tried, first, final, only_free = [], None, None, False
-        while backend := self._choose(request, tried, only_free):
-            self.release(request)
-            tried.append(backend)
-            request.aim(backend)
+        tried, final, left, only_free = [], None, 2 if request.repeatable else 1, False
+        while left and self._choose(request, tried, only_free):
+            tried.append(request.backend)
             try:
-                answer = self._try(request, record)
-                only_free = answer.head.status == 429
-                if not only_free and answer.head.status not in BUSY:
-                    return answer
+                final = self._try(request, record)
+                only_free = final.head.status == 429
+                if not only_free and final.head.status not in BUSY:
+                    return final
             except Unreachable as error:
                 final = final or error
                 continue
             except Broken as error:
-                answer, only_free = error, False
-            final = answer
-            if first or not request.repeatable:
-                break
-            first = answer
-            if isinstance(answer, Response):
-                request.spare, request.link = request.link, None
-        if final is first and request.spare:
-            request.link, request.spare = request.spare, None
-            if request.cancelled:
-                raise ClientGone
+                final, only_free = error, False
+                self.pool.close(request)
+            left -= 1
         record.backend = final.backend.url
         if isinstance(final, Response):
             return final
         if isinstance(final, Unreachable) and len(self.all) > 1:
-            raise APIError(503, "no_healthy_backend", f"none of the backends can be reached"
-                           f" ({len(tried)} tried); try again", fields=b"Retry-After: 1\r\n")
+            raise APIError(503, "no_healthy_backend", "none of the backends can be reached; try"
+                           " again", fields=b"Retry-After: 1\r\n")
         raise final
 
     def _choose(self, request, tried, only_free):
-        """Return the backend to try next, counted in, or None.
+        """Direct the request to the backend to try next, and return whether there is one.
 
-        It serves the model, or nobody does; it is up, or the one that may be tried the soonest; it
-        is not silent, nor on trial with a request that cannot be repeated, if another can be had;
-        and of those it has the fewest requests in flight, or has waited longest for its turn.
+        It serves the model, or nobody does; it may be tried now, or the soonest; it is not silent,
+        if another can be had; it has the fewest requests in flight, or has waited longest.
         """
         now, left = time.monotonic(), self.all
         with self._lock:
             if request.model is not None and len(left) > 1:
-                left = [b for b in left if b.serves(request.model, now)] or left
+                left = [b for b in left if (b.retry_at <= now if b.models is None
+                                            else request.model in b.models)] or left
             if tried:
-                left = [b for b in left if b not in tried and (not only_free or b.is_free(now))]
+                left = [b for b in left if b not in tried and (not only_free or b.retry_at <= now)]
                 if not left:
-                    return None
+                    return False
+                request.backend.in_flight -= 1
             backend = left[0] if len(left) == 1 else min(left, key=lambda b: (
-                (0, b.silent or not b.up and not request.repeatable, b.in_flight, b.turn)
-                if b.is_free(now) else (1, b.retry_at)))
-            if not backend.up and now >= backend.retry_at:  # others wait for how this one fares
-                backend.back_off = min(2 * backend.back_off, MAX_BACK_OFF)
-                backend.retry_at = now + backend.back_off
+                max(b.retry_at - now, 0), b.silent, b.in_flight, b.turn))
+            if not backend.up and backend.retry_at <= now:  # others wait for how this one fares
+                backend.rest(now)
             backend.in_flight += 1
             backend.turn = next(self._turns)
-        return backend
+            request.backend = backend
+        return True
 
     def _try(self, request, record):
-        """Send the request to the backend that it is aimed at; note how that came out."""
+        """Send the request to the backend that it is directed to; note how that came out."""
         backend, began, outcome = request.backend, time.monotonic(), "cancelled"
         record.backend = backend.url
+        request.type, request.full_url = backend.scheme, backend.url + request.target
         try:
             answer = self._opener.open(request)
-            answer.backend, status = backend, answer.head.status
+            status = answer.head.status
             outcome = f"{status // 100}xx"
             if status in BUSY:
                 wait = answer.head.index.get(b"retry-after", b"") if status == 503 else b""
                 self.failed(backend, f"it answered {status}",
                             min(int(wait[:9]), MAX_RETRY_AFTER) if wait.isdigit() else 0)
-            elif backend.silent or not backend.up:
+            elif not backend.up:
                 self.succeeded(backend)
             return answer
-        except APIError as error:
+        except BackendError as error:
             if request.cancelled:
                 raise ClientGone from None
             error.backend, outcome = backend, error.code
-            if isinstance(error, BackendError):
-                backend.silent = (isinstance(error, BackendTimeout)
-                                  and self.settings.probe_interval > 0)  # which ends it
-                self.failed(backend, error.message)
+            self.failed(backend, error.message)
             raise
         finally:
             record.waited += time.monotonic() - began
             record.tries = (*record.tries, (backend.url, outcome))
 
-    def release(self, request):
-        """The request has no more to do with its backend: stop what it still does for it."""
-        if request.link:
-            self.pool.drop(request)
-        if request.backend:
-            with self._lock:
-                request.backend.in_flight -= 1
-            request.backend = None
-
     def close(self, request):
-        """The request has ended."""
-        self.release(request)
-        if request.spare:
-            request.spare.sock.close()
+        """The request has ended: stop what backends still do for it."""
+        self.pool.close(request)
+        with self._lock:
+            request.backend.in_flight -= 1
 
     def failed(self, backend, why, wait=0):
         """Leave the backend alone for a while, `wait` seconds if it said so."""
         with self._lock:
-            was_up, now, backend.up = backend.up, time.monotonic(), False
-            if was_up or now >= backend.retry_at:
-                backend.back_off = 1 if was_up else min(2 * backend.back_off, MAX_BACK_OFF)
-                backend.retry_at = now + backend.back_off
+            was_up, now = backend.up, time.monotonic()
+            if backend.retry_at <= now:
+                backend.rest(now)
             backend.retry_at = max(backend.retry_at, now + wait)
             backend.probe_at = min(backend.probe_at, backend.retry_at)
         if was_up:
-            rest = f"; others come first for {wait or 1} s" if len(self.all) > 1 else ""
-            note(self.settings, f"backend {backend.url} is down: {why}{rest}")
+            note(self.settings, f"backend {backend.url} is down: {why}")
 
     def succeeded(self, backend):
         """The backend answers: it is up."""
         with self._lock:
-            was_up, backend.up, backend.silent = backend.up, True, False
+            was_up, backend.up, backend.back_off, backend.retry_at = backend.up, True, 0, 0.0
         if not was_up:
             note(self.settings, f"backend {backend.url} is up")
 
     def probe_due(self):
-        """Start a thread for each backend whose probe is due; end a probe that takes too long."""
+        """Start a thread for each backend whose probe is due."""
         now, interval = time.monotonic(), self.settings.probe_interval
         for backend in self.all:
             if interval and now >= backend.probe_at and not backend.probing:
-                backend.probe_at, limit = now + interval, self.settings.connect_timeout
-                backend.probing = BackendRequest(
-                    "GET", "/v1/models", b"User-Agent: gateway.py/%b (probe)\r\nVia: %b\r\n%b" % (
-                        __version__.encode(), self.via, self.authorization), b"", None, True, limit)
-                backend.probing.deadline = now + 2 * limit
-                try:
-                    start_new_thread(self._probe, (backend, backend.probing))
-                except RuntimeError:  # the system has no thread left
-                    backend.probing = None
-            elif backend.probing and now > backend.probing.deadline:
-                self.pool.cancel(backend.probing)
+                backend.probe_at = now + interval
+                start_new_thread(self._probe, (backend,))
 
-    def _probe(self, backend, request):
+    def _probe(self, backend):
         """Ask a backend which models it serves, and so whether it is up.
 
         A success counts once its back-off is over, as that of a request. Silence of one that is at
         work is no failure: some answer nothing while they generate.
         """
-        request.aim(backend)
+        fields = b"User-Agent: gateway.py\r\nVia: %b\r\n%b" % (self.via, self.authorization)
+        request = BackendRequest("GET", "/v1/models", fields, b"", None, True,
+                                 self.settings.connect_timeout)
+        request.backend, backend.probing = backend, True
         try:
             answer = self.pool.http_open(request)
+            backend.silent = False
             if answer.head.status in BUSY:
                 return self.failed(backend, f"it answered {answer.head.status} to a probe")
-            pieces = [answer.rest] if answer.whole else answer.pieces()
-            body = b"".join(itertools.islice(pieces, MAX_LIST_PIECES))  # a longer one is not known
+            body = b"".join(itertools.islice(answer.pieces, MAX_LIST_PIECES))  # else not known
             cards = model_cards(body) if answer.head.status == 200 else None
             backend.models = backend.models if cards is None else cards
-            if backend.is_free(time.monotonic()):
+            if backend.retry_at <= time.monotonic():
                 self.succeeded(backend)
-        except APIError as error:
-            backend.silent = isinstance(error, BackendTimeout) or request.cancelled
-            if isinstance(error, BackendError) and not (backend.silent and backend.in_flight):
+        except BackendError as error:
+            backend.silent = isinstance(error, BackendTimeout)
+            if not (backend.silent and backend.in_flight):
                 self.failed(backend, error.message)
-        except ClientGone:
-            pass
-        except Exception:
-            note_internal_error(self.settings, backend.url)
         finally:
-            self.pool.drop(request)
-            backend.probing, backend.probed = None, True
+            self.pool.close(request)
+            backend.probing, backend.probed = False, True
 
     def models(self):
-        """Return the list of the models of all backends that are up as JSON, or None if none is
-        known; the first one's card of a model stays."""
+        """Return the list of the models of all backends that are up as JSON, if any is known."""
         known, cards = [b.models for b in self.all if b.up and b.models is not None], {}
         for models in known:
-            cards |= models | cards
+            cards |= models | cards  # the first one's card of a model stays
         return known and f'{{"object": "list", "data": [{", ".join(cards.values())}]}}'.encode()
 
 
@@ -1817,7 +1719,7 @@ class Handler(BaseHTTPRequestHandler):
     def relay_body(self, response):
         """Pass each piece of the body on as it comes, and return the usage that its end tells."""
         recent = b""
-        for piece in response.pieces():
+        for piece in response.pieces:
             recent = (recent + piece)[-USAGE_BYTES:]
             self.write_piece(piece)
         return token_usage(recent)
@@ -1831,7 +1733,7 @@ class Handler(BaseHTTPRequestHandler):
         usage, last, tail = {}, b"", b""
         self.at_boundary = line_begins = True
         unproven = response.head.length == UNTIL_CLOSE  # only [DONE] tells that such a one is whole
-        for piece in response.pieces():
+        for piece in response.pieces:
             piece = tail + piece
             end = events_end(piece)
             self.at_boundary = end > 0 or self.at_boundary and len(piece) <= MAX_EVENT_BYTES
@@ -2064,7 +1966,7 @@ class Server(ThreadingHTTPServer):
         began = time.monotonic()
         self.service_actions()
         while self.backends and time.monotonic() < began + PARTING_SECONDS and (
-                any(backend.probing and not backend.probed for backend in self.backends.all)):
+                self.settings.probe_interval and not all(b.probed for b in self.backends.all)):
             time.sleep(0.002)
         super().serve_forever(poll_interval)
 
@@ -2163,7 +2065,7 @@ class Server(ThreadingHTTPServer):
         """Return the status and the JSON of /readyz."""
         backends, now = self.backends.all if self.backends else [], time.monotonic()
         up = not backends or any(backend.up or (  # no probe brings it back
-            not self.settings.probe_interval and backend.is_free(now)) for backend in backends)
+            not self.settings.probe_interval and backend.retry_at <= now) for backend in backends)
         status = "draining" if self.draining else "ready" if up else "no backend is up"
         return 200 if status == "ready" else 503, json.dumps({"status": status, "backends": [
             {"url": backend.url, "up": backend.up, "in_flight": backend.in_flight,
@@ -2383,7 +2285,7 @@ def start_up_line(server):
     for backend in server.backends.all:
         try:
             proxy = proxy_for(backend.scheme, backend.host)
-            by = f" by the proxy {proxy.netloc.rpartition('@')[2]}" if proxy else ""
+            by = f" by the proxy {proxy[0]}" if proxy else ""
         except ValueError:
             by = f" by a proxy whose address in {backend.scheme.upper()}_PROXY is wrong"
         places.append(backend.url + by)

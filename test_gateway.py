@@ -15,7 +15,6 @@ import itertools
 import json
 import os
 import re
-import resource
 import select
 import signal
 import socket
@@ -1487,18 +1486,24 @@ def test_a_dead_address_is_502_backend_unreachable():
             assert reply.error()["type"] == "server_error"
 
 
-def test_a_remote_http_backend_is_reached_by_the_proxy(proxies):
-    """RFC 9112, 3.2.2: a proxy gets the absolute form. Its login goes along with each request."""
-    with PlayedBackend(answers(response())) as proxy:
+def test_a_remote_http_backend_is_reached_by_connect_too(proxies):
+    """The proxy's login goes along once, with the CONNECT."""
+    def script(played, number):
+        played.request()
+        played.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        answers(response())(played, number)
+    with PlayedBackend(script) as proxy:
         proxies(http_proxy=f"http://user:pa%40ss@127.0.0.1:{proxy.port}")
         with serve(backend_url="http://backend.test:81/sub/v1") as server:
-            for _ in range(2):
+            for number in (1, 2):
                 reply = ask(server.port, "POST", "/v1/embeddings?a=b", b"{}",
                             "Proxy-Authorization: Basic theirs")
-                head = seen(proxy)
+                connect, head = seen(proxy, 0), seen(proxy, number)
                 assert reply.status == 200 and head.one("host") == "backend.test:81"
-                assert head.reason == "POST http://backend.test:81/sub/v1/embeddings?a=b HTTP/1.1"
-                assert head.one("proxy-authorization") == LOGIN
+                assert head.reason == "POST /sub/v1/embeddings?a=b HTTP/1.1"
+                assert not head.all("proxy-authorization")
+                assert connect.reason == "CONNECT backend.test:81 HTTP/1.1"
+                assert connect.one("proxy-authorization") == LOGIN
         assert proxy.connections == 1
 
 
@@ -2866,7 +2871,7 @@ def test_a_backend_that_fails_is_skipped_until_its_back_off_ends(case, clock, lo
         (url, state), = changes(log)
         bad, good = sorted(backends, key=lambda backend: backend.url != url)
         assert (state, counts([bad, good])) == ("down", [1, others])
-        assert [line for line in log if re.search(r"is down: .+; others come first for 1 s$", line)]
+        assert [line for line in log if re.search(r"is down: .+$", line)]
         assert chats(port, 6) == {200} and counts([bad, good]) == [1, others + 6]
         assert [states(port)[backend.url]["up"] for backend in (bad, good)] == [False, True]
         clock.now += 1.1
@@ -4694,21 +4699,6 @@ def test_a_deeply_nested_list_of_models_is_passed_on_and_ends_no_process():
         for _ in range(3):
             reply = ask(process.port, "GET", "/v1/models")
             assert reply.status == 200 and reply.body.count(b'"a"') == 9_000
-
-
-def test_to_be_out_of_descriptors_is_no_backends_fault_and_passes(pem):
-    """One of https needs its certificates to be read."""
-    with PlayedBackend(tls(answers(response()), pem)) as backend, Process(
-            "--port=0", BACKEND_URL=f"https://127.0.0.1:{backend.port}", SSL_CERT_FILE=pem) as (
-            process), Client(process.port) as client:
-        assert client.send(HEALTH).reply().status == 200
-        used = {int(name) for name in os.listdir(f"/proc/{process.pid}/fd")}
-        least, (_, most) = min(set(range(len(used) + 1)) - used), resource.getrlimit(
-            resource.RLIMIT_NOFILE)
-        for limit, status in ((least, 503), (most, 200)):
-            resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (limit, most))
-            reply = client.send(request(body=CHAT)).reply()
-            assert reply.status == status and "is down" not in process.log, reply.body
 
 
 def test_text_within_a_long_event_is_no_end_of_its_stream():
