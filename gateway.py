@@ -1561,10 +1561,7 @@ class Handler(BaseHTTPRequestHandler):
                     self.request, server_side=True, do_handshake_on_connect=False)
                 self.connection.settimeout(self.settings.client_timeout)
                 self.connection.do_handshake()
-            except OSError as error:
-                if isinstance(error, ssl.SSLError):
-                    note(self.settings, f"no TLS with client {self.client_address[0]}:"
-                         f" {error.reason or 'it closed the connection'}")
+            except OSError:
                 return
         super().handle()
 
@@ -1627,8 +1624,7 @@ class Handler(BaseHTTPRequestHandler):
                 if start == b"\r\n":
                     self.buffer = self.buffer[EMPTY_LINES.match(self.buffer).end():]
                     continue
-                piece = self.receive(self.idle_since + self.settings.client_timeout)
-                if not piece:
+                if not (piece := self.receive(self.idle_since + self.settings.client_timeout)):
                     return False
                 self.buffer += piece
             self.idle_since = None
@@ -1661,8 +1657,7 @@ class Handler(BaseHTTPRequestHandler):
         deadline = time.monotonic() + self.settings.client_timeout
         while (end := find_head(self.buffer, scanned)) < 0:
             scanned = len(self.buffer)
-            piece = self.receive(deadline)
-            if not piece:
+            if not (piece := self.receive(deadline)):
                 raise Malformed("the head of the request was cut off")
             self.buffer += piece
         asked = self.asked = parse_request(self.buffer[:end], self.server.not_forwarded)
@@ -1723,8 +1718,8 @@ class Handler(BaseHTTPRequestHandler):
         methods = METHODS if forwarded else self.server.paths.get(path)
         if not methods:
             raise APIError(404, "unknown_url", f"nothing is at {printable(path)}; use the base URL"
-                           " http://HOST:PORT/v1" + ("" if self.server.backends else
-                                                     " (in echo mode: chat/completions, models)"))
+                           " http://HOST:PORT/v1; without BACKEND_URL, it has chat/completions and"
+                           " models alone")
         allow = f"Allow: {', '.join(methods)}, OPTIONS\r\n".encode()
         if method == "OPTIONS":
             self.reply(204, b"", allow)
@@ -1769,8 +1764,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def forward(self):
         """Answer with what a backend answers."""
-        record, server, backends, asked = (
-            self.record, self.server, self.server.backends, self.asked)
+        asked, record, backends = self.asked, self.record, self.server.backends
         body, record.asked = self.read_body(), time.monotonic()
         if backends.via in asked.index.get(b"via", b""):
             raise APIError(508, "loop_detected", "the request has been here before: BACKEND_URL"
@@ -1782,12 +1776,12 @@ class Handler(BaseHTTPRequestHandler):
             asked.method, asked.target, self.fields_for_backend(body), body, self.look_into(body),
             asked.method in READING or asked.method == "POST" and asked.path in REPEATABLE,
             self.settings.backend_timeout)
-        server.admission.enter(request, record)
+        self.server.admission.enter(request, record)
         try:
             self.relay(backends.open(request, record))
         finally:
             backends.close(request)
-            server.admission.leave()
+            self.server.admission.leave()
 
     def look_into(self, body):
         """Return the model that the request is for, or None, and note it.
@@ -1796,8 +1790,7 @@ class Handler(BaseHTTPRequestHandler):
         """
         record, path, model = self.record, self.asked.path, None
         if self.asked.method != "POST":
-            below = path.startswith("/v1/models/")
-            return urllib.parse.unquote(path.removeprefix("/v1/models/")) if below else None
+            return urllib.parse.unquote(path.partition("/v1/models/")[2]) or None
         if path in PARSED or body[:1] == b"{":
             try:
                 asked = parse_json(body)
@@ -1827,45 +1820,38 @@ class Handler(BaseHTTPRequestHandler):
             backends.authorization))
 
     def relay(self, response):
-        """Pass the response on; raises Broken if it does not become whole."""
-        head, index, record = response.head, response.head.index, self.record
-        events = (index.get(b"content-type", b"").lower().startswith(b"text/event-stream")
-                  and b"content-encoding" not in index)
-        length = UNTIL_CLOSE if events and not response.whole else head.length
-        if record.method == "HEAD" or head.status in (204, 304):  # tell what a GET would have
-            length = None if head.status == 204 else content_length(index)
-        self.write_head(head.status, head.reason, self.fields_for_client(head, events), length,
-                        response.rest if response.whole else b"")
-        if response.whole:
-            usage = token_usage(response.rest)
-        else:
-            if events:
-                schedule("SCHED_OTHER")
-            try:
-                usage = self.relay_pieces(response, events)
-            except BackendError as error:
-                if self.forwarding.cancelled:
-                    raise ClientGone from None
-                self.server.backends.failed(response.backend, error.message)
-                raise
-            finally:
-                if events:
-                    schedule("SCHED_BATCH")
-            self.write_end()
-        if record.method == "POST" and head.status == 200:
-            record.usage = usage
-
-    def fields_for_client(self, head, events):
-        """Return the response's header lines for the client: the backend's and our own."""
+        """Pass the response on, with fields of our own; raises Broken if it is not whole."""
+        record, head = self.record, response.head
         index, fields = head.index, head.fields
         theirs = index.get(b"x-request-id", index.get(b"x-backend-request-id"))
-        if theirs and theirs != self.record.request_id.encode():
+        if theirs and theirs != record.request_id.encode():
             fields += b"X-Backend-Request-ID: %b\r\n" % theirs
         if b"date" not in index:
             fields += self.server.date
+        events = (index.get(b"content-type", b"").lower().startswith(b"text/event-stream")
+                  and b"content-encoding" not in index)
         if events:
             fields += b"".join(line for name, line in UNBUFFERED.items() if name not in index)
-        return fields
+        length = UNTIL_CLOSE if events and not response.whole else head.length
+        if record.method == "HEAD" or head.status in (204, 304):  # tell what a GET would have
+            length = None if head.status == 204 else content_length(index)
+        self.write_head(head.status, head.reason, fields, length,
+                        response.rest if response.whole else b"")
+        if response.whole:
+            record.usage = token_usage(response.rest)
+            return
+        if events:
+            schedule("SCHED_OTHER")
+        try:
+            record.usage = self.relay_pieces(response, events)
+        except BackendError as error:
+            if self.forwarding.cancelled:
+                raise ClientGone from None
+            self.server.backends.failed(response.backend, error.message)
+            raise
+        finally:
+            if events:
+                schedule("SCHED_BATCH")
 
     def relay_pieces(self, response, events):
         """Pass each piece of the body on as it comes, and return the usage that its end tells.
@@ -1896,6 +1882,7 @@ class Handler(BaseHTTPRequestHandler):
                          " own log may say why")
         if tail:
             self.write_piece(tail)
+        self.write_end()
         return token_usage(recent)
 
     def reply(self, status, body=b"", fields=b"", kind=JSON_TYPE):
