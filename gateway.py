@@ -1549,21 +1549,12 @@ class Handler(BaseHTTPRequestHandler):
     def setup(self):
         self.settings, self.connection, self.ids = self.server.settings, self.request, request_ids()
         self.idle_since = time.monotonic()
-        self.server.connections[self.request] = self
         with suppress(OSError):  # it may be reset already
             self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-    def handle(self):
-        """Serve the connection's requests, behind its TLS handshake if there is to be one."""
-        if self.server.tls:
-            try:
+            if self.server.tls:  # its handshake comes with the first read
                 self.connection = self.server.tls.wrap_socket(
                     self.request, server_side=True, do_handshake_on_connect=False)
-                self.connection.settimeout(self.settings.client_timeout)
-                self.connection.do_handshake()
-            except OSError:
-                return
-        super().handle()
+        self.server.connections[self.request] = self
 
     def finish(self):
         """Close the connection: by RST if FIN would pass a cut body off as whole.
@@ -1611,8 +1602,6 @@ class Handler(BaseHTTPRequestHandler):
             self.server.metrics.count(record)
             log(line)
 
-    # -- reading -----------------------------------------------------------------------------------
-
     def receive_first(self):
         """Wait for a request to begin, behind any empty lines (2.2); return whether one did.
 
@@ -1648,8 +1637,7 @@ class Handler(BaseHTTPRequestHandler):
             pass
         except OSError:
             return b""
-        raise APIError(408, "request_timeout", "the request came too slowly; send it again",
-                       close=True)
+        raise APIError(408, "request_timeout", "the request came too slowly; send it again")
 
     def read_head(self):
         """Read and judge the request's head: `asked` is what it says."""
@@ -1697,8 +1685,6 @@ class Handler(BaseHTTPRequestHandler):
             data = self.receive(began + self.settings.client_timeout + received / MIN_BODY_RATE)
             if not data:
                 raise Malformed("the body of the request was cut off")
-
-    # -- answering ---------------------------------------------------------------------------------
 
     def dispatch(self):
         """Answer the request whose head has been read."""
@@ -1751,16 +1737,13 @@ class Handler(BaseHTTPRequestHandler):
         """Answer a chat completion request by ourselves."""
         echo, record = Echo(asked, self.record.request_id), self.record
         record.model, record.stream = printable(echo.model), bool(asked.get("stream"))
-        if echo.with_usage or not record.stream:
-            record.usage = dict(zip(("input", "output"), echo.usage.values()))
-        if not record.stream:
-            return self.reply(200, echo.completion())
-        self.write_head(200, b"OK", EVENT_TYPE + b"".join(UNBUFFERED.values()) + self.server.date,
-                        UNTIL_CLOSE)
-        record.first_piece = time.monotonic()
-        for piece in echo.events():
-            self.write_piece(piece)
-        self.write_end()
+        if record.stream:
+            self.write_head(200, b"OK", EVENT_TYPE + b"".join(UNBUFFERED.values())
+                            + self.server.date, UNTIL_CLOSE)
+            return self.relay_pieces(echo.events(), events=True)
+        body = echo.completion()
+        record.usage = token_usage(body)
+        self.reply(200, body)
 
     def forward(self):
         """Answer with what a backend answers."""
@@ -1843,7 +1826,7 @@ class Handler(BaseHTTPRequestHandler):
         if events:
             schedule("SCHED_OTHER")
         try:
-            record.usage = self.relay_pieces(response, events)
+            self.relay_pieces(response.pieces(), events, events and head.length == UNTIL_CLOSE)
         except BackendError as error:
             if self.forwarding.cancelled:
                 raise ClientGone from None
@@ -1853,14 +1836,14 @@ class Handler(BaseHTTPRequestHandler):
             if events:
                 schedule("SCHED_BATCH")
 
-    def relay_pieces(self, response, events):
-        """Pass each piece of the body on as it comes, and return the usage that its end tells.
+    def relay_pieces(self, pieces, events, unproven=False):
+        """Pass each piece of a body on as it comes, and note the usage that its end tells.
 
         Of an event stream, what is behind the last whole event is held back: if the backend dies,
-        an error event can follow at a boundary.
+        an error event can follow at a boundary. Of an `unproven` one [DONE] alone tells the end.
         """
         recent, tail, self.at_boundary = bytearray(), b"", events
-        for piece in response.pieces():
+        for piece in pieces:
             if events:
                 piece = tail + piece
                 end = events_end(piece)
@@ -1875,15 +1858,16 @@ class Handler(BaseHTTPRequestHandler):
                 recent += piece
                 del recent[:-USAGE_BYTES]
         recent += tail
-        if events and response.head.length == UNTIL_CLOSE and (  # [DONE] alone tells its end
-                tail or self.record.path in PARSED and response.head.status == 200) and (
+        if unproven and (tail or self.record.path in PARSED and self.record.status == 200) and (
                 not LAST_EVENT.search(b"\n" + recent)):
             raise Broken("the backend closed the connection before the end of its event stream; its"
                          " own log may say why")
         if tail:
             self.write_piece(tail)
-        self.write_end()
-        return token_usage(recent)
+        self.open_ended = False  # it is whole
+        if self.chunked:
+            self.send(b"0\r\n\r\n")
+        self.record.usage = token_usage(recent)
 
     def reply(self, status, body=b"", fields=b"", kind=JSON_TYPE):
         """Answer with a body of our own."""
@@ -1916,12 +1900,6 @@ class Handler(BaseHTTPRequestHandler):
         """Write a piece of a body of unknown length, behind its head; an empty one would end it."""
         self.record.bytes += len(piece)
         self.send(b"%x\r\n%b\r\n" % (len(piece), piece) if self.chunked else piece)
-
-    def write_end(self):
-        """End a body of unknown length: it is whole."""
-        self.open_ended = False
-        if self.chunked:
-            self.send(b"0\r\n\r\n")
 
     def send(self, data):
         """Send bytes as fast as the client takes them; raises ClientGone if it does not."""
