@@ -245,12 +245,12 @@ def is_loopback(host):
 
 
 class APIError(Exception):
-    """A refusal or a failure; `close`: what else the client sends cannot be understood."""
+    """A refusal of a request, or a failure; `fields` are further header lines of the reply."""
 
-    def __init__(self, status, code, message, param=None, fields=b"", close=False):
+    def __init__(self, status, code, message, param=None, fields=b""):
         super().__init__(message)
         self.status, self.code, self.message, self.param = status, code, message, param
-        self.fields, self.close = fields, close
+        self.fields = fields
 
     def body(self):
         """Return the error as JSON bytes, in the shape that OpenAI's SDKs parse."""
@@ -265,7 +265,7 @@ class Malformed(APIError):
     """What arrived is not HTTP, or not the HTTP that is spoken here."""
 
     def __init__(self, message, status=400):
-        super().__init__(status, HTTPStatus(status).name.lower(), message, close=True)
+        super().__init__(status, HTTPStatus(status).name.lower(), message)
 
 
 class BackendError(APIError):
@@ -304,7 +304,7 @@ class ClientGone(Exception):
 def body_too_large(limit):
     """Return the error for a body of more than so many bytes."""
     return APIError(413, "request_too_large", f"a body may have {limit} bytes (MAX_BODY_BYTES);"
-                    " send less", close=True)
+                    " send less")
 
 
 # == 3. HTTP rules =================================================================================
@@ -345,6 +345,7 @@ ABSOLUTE = re.compile(rb"https?://([^/?#]*)(.*)", re.I)
 EMPTY_LINES = re.compile(rb"(?:\r\n)*+")
 LAST_EVENT = re.compile(rb"[\r\n]data: ?\[DONE\]")
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")
+LOST_ID = re.compile(rb"\r\n(?:X-)?Request-ID:[ \t]*([!-~]{1,128})[ \t]*(?:\r|\Z)", re.I)
 TRACE = re.compile(rb"(?!ff|00.{54})[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}"
                    rb"-[0-9a-f]{2}(?:-.*)?")  # W3C Trace Context, 3.2.2
 FORM_MODEL = re.compile(rb'[; ]name="?model"?\r\n(?:[^\r\n]{1,256}\r\n){0,8}\r\n'
@@ -1315,11 +1316,10 @@ def event(data):
 # == 7. Handler ====================================================================================
 # One object and one thread for each connection, one handle_one_request for each request. `length`
 # is that of the body which the client still owes, without end until its head has been understood: a
-# connection is kept only if that body was read. `begun` tells that a part of the reply has been
-# sent; from then on an error can only be an event in a stream, or a cut.
+# connection is kept only if that body was read. Once a part of the reply has been sent, an error
+# can only be an event in a stream, or a cut.
 
 MIN_BODY_RATE = 1_000      # bytes a second that a body has to make on average: a modem's pace
-SKIP_BYTES = 65_536        # a body up to this is read after a refusal, to keep the connection
 MAX_EVENT_BYTES = 262_144  # the beginning of an event is held back up to this
 FORM_BYTES = 65_536        # of a form's beginning, and of its end, in which its model is sought
 LINGER_SECONDS = 5         # for a refused client to stop sending; nginx gives as many
@@ -1327,24 +1327,23 @@ LINGER_SECONDS = 5         # for a refused client to stop sending; nginx gives a
 READING, WRITING = ("GET", "HEAD"), ("POST", "PUT", "PATCH")  # a writing one tells its length
 METHODS = (*READING, *WRITING, "DELETE")
 PARSED = frozenset(("/v1/chat/completions", "/v1/completions"))  # POSTs here must be JSON objects
-ECHO_MODEL = {"id": "echo", "object": "model", "created": 0, "owned_by": "gateway"}
-OPEN_PATHS = ("/healthz", "/readyz")  # need no key: who asks them has none
-OWN_PATHS = {"/healthz": READING, "/readyz": READING, "/metrics": READING,
-             "*": (*READING, "POST")}
+OWN_PATHS = {"/healthz": READING, "/readyz": READING, "/metrics": READING, "*": METHODS}
 ECHO_PATHS = {"/v1/chat/completions": ("POST",), "/v1/models": READING, "/v1/models/echo": READING}
+ECHO_MODEL = b'{"id": "echo", "object": "model", "created": 0, "owned_by": "gateway"}'
+FIXED = {"/healthz": b'{"status": "ok"}', "/v1/models/echo": ECHO_MODEL,
+         "/v1/models": b'{"object": "list", "data": [%b]}' % ECHO_MODEL}
 JSON_TYPE = b"Content-Type: application/json\r\n"
 METRICS_TYPE = b"Content-Type: text/plain; version=0.0.4; charset=utf-8\r\n"
-EVENT_TYPE = b"Content-Type: text/event-stream; charset=utf-8\r\n"
 UNBUFFERED = {b"cache-control": b"Cache-Control: no-cache\r\n",  # for proxies before us
               b"x-accel-buffering": b"X-Accel-Buffering: no\r\n"}
+EVENT_FIELDS = b"Content-Type: text/event-stream; charset=utf-8\r\n%b%b" % (*UNBUFFERED.values(),)
 
 
 def schedule(policy):
     """Have the system schedule this thread so, if it knows the policy and lets us.
 
-    Between threads of SCHED_BATCH none interrupts another when it wakes up, only to find the GIL
-    taken. At 128 connections that took a quarter off the CPU time of a request with two workers,
-    and halved the slowest hundredth's time with one. What must not wait is SCHED_OTHER.
+    Of threads of SCHED_BATCH none interrupts another when it wakes up, only to find the GIL taken:
+    a quarter less CPU time at 128 connections with two workers. What must not wait is SCHED_OTHER.
     """
     with suppress(AttributeError, OSError):
         if os.sched_getscheduler(0) in (os.SCHED_OTHER, os.SCHED_BATCH):  # else somebody chose
@@ -1365,51 +1364,41 @@ class Handler(BaseHTTPRequestHandler):
     """Serves one client's connection.
 
     Invariant: `buffer` holds what came and was not used; `forwarding` is the BackendRequest under
-    way, which Server.sweep cancels if the client has gone, unless we are `deaf` to that; `idle`
-    tells that it waits for a request, since `idle_since`.
+    way, which Server.sweep cancels if the client has gone, unless we are `deaf` to that; while a
+    request is awaited, `idle_since` is set; FIN would pass an `open_ended` reply off as whole.
     """
 
-    buffer, patience, record, forwarding, idle, deaf, length = b"", 0, None, None, False, False, 0
+    buffer, patience, length, deaf, open_ended, forwarding, idle_since = (
+        b"", 0, 0, False, False, None, None)
 
     def setup(self):
         self.settings, self.connection, self.ids = self.server.settings, self.request, request_ids()
-        self.idle_since = time.monotonic()
-        self.server.connections[self.request] = self
-        with suppress(OSError):  # it may be reset already
+        try:
             self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-    def handle(self):
-        """Serve the connection's requests, behind its TLS handshake if there is to be one."""
-        if self.server.tls:
-            try:
+            if self.server.tls:  # its handshake comes with the first read
                 self.connection = self.server.tls.wrap_socket(
                     self.request, server_side=True, do_handshake_on_connect=False)
-                self.connection.settimeout(self.settings.client_timeout)
-                self.idle = True
-                self.connection.do_handshake()
-            except OSError as error:
-                if isinstance(error, ssl.SSLError):
-                    note(self.settings, f"no TLS with client {self.client_address[0]}:"
-                         f" {error.reason or 'it closed the connection'}")
-                return
-            finally:
-                self.idle = False
-        super().handle()
+        except OSError:  # it is reset already; what came before must not be read without TLS
+            self.request.close()
+        self.server.connections[self.request] = self
 
     def finish(self):
-        """Let a client that still owes a body read its reply.
+        """Close the connection: by RST if FIN would pass a cut body off as whole.
 
-        Closing with input unread sends RST, which destroys what it has not read (9.6). So say that
-        no more comes, and discard for a while what it sends.
+        Closing with input unread sends RST too, which destroys what the client has not read of its
+        reply (9.6). So say that no more comes, and discard for a while what it sends.
         """
         deadline = time.monotonic() + LINGER_SECONDS
-        if self.connection is not self.request:
+        if self.connection is not self.request and not self.open_ended:
             with suppress(OSError, ValueError):  # tell TLS that this is the end (RFC 8446, 6.1)
                 self.patience = 0
                 self.connection.settimeout(0)
                 self.connection.unwrap()
         with suppress(APIError, OSError):
-            if self.length:
+            if self.open_ended:
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                           struct.pack("ii", 1, 0))
+            elif self.length:
                 self.connection.shutdown(socket.SHUT_WR)  # of TLS too: what comes is discarded
                 while self.receive(deadline):
                     pass
@@ -1420,25 +1409,24 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         if not self.receive_first():
             return
-        self.length, self.minor, self.cors = UNTIL_CLOSE, 1, b""
-        self.begun = self.expects = self.at_boundary = self.ends_by_closing = self.chunked = False
+        self.length, self.minor, self.cors, self.at_boundary = UNTIL_CLOSE, 1, b"", False
         record = self.record = Record(self.client_address[0])
         try:
             self.read_head()
             self.dispatch()
         except APIError as error:
             self.fail(error)
-        except ClientGone:
-            self.give_up()
+        except ClientGone:  # or it has closed its half of the connection
+            self.close_connection, self.length = True, 0
+            record.status, record.outcome, record.result = 499, "client_closed", "client_closed"
         except Exception:
             note_internal_error(self.settings, f"id={record.request_id}")
             self.fail(APIError(500, "internal_error", "the gateway failed; its log says why"))
         finally:
+            self.forwarding = None
             line = record.line(self.settings.log_format)
             self.server.metrics.count(record)
             log(line)
-
-    # -- reading -----------------------------------------------------------------------------------
 
     def receive_first(self):
         """Wait for a request to begin, behind any empty lines (2.2); return whether one did.
@@ -1446,23 +1434,17 @@ class Handler(BaseHTTPRequestHandler):
         Silence is answered with silence: by closing.
         """
         self.idle_since = time.monotonic()
-        deadline = self.idle_since + self.settings.client_timeout
-        try:
-            while self.buffer[:1] in (b"", b"\r"):
-                if self.buffer:
+        with suppress(APIError):
+            while (start := self.buffer[:2]) in (b"", b"\r", b"\r\n"):
+                if start == b"\r\n":
                     self.buffer = self.buffer[EMPTY_LINES.match(self.buffer).end():]
-                    if self.buffer not in (b"", b"\r"):
-                        break
-                self.idle = True
-                piece = self.receive(deadline)
-                if not piece:
+                    continue
+                if not (piece := self.receive(self.idle_since + self.settings.client_timeout)):
                     return False
                 self.buffer += piece
+            self.idle_since = None
             return True
-        except APIError:
-            return False
-        finally:
-            self.idle = False
+        return False
 
     def receive(self, deadline):
         """Return what the client sends next, b"" at its end; raises 408 past the deadline.
@@ -1481,17 +1463,15 @@ class Handler(BaseHTTPRequestHandler):
             pass
         except OSError:
             return b""
-        raise APIError(408, "request_timeout", "the request came too slowly; send it again",
-                       close=True)
+        raise APIError(408, "request_timeout", "the request came too slowly; send it again")
 
     def read_head(self):
         """Read and judge the request's head: `asked` is what it says."""
-        scanned, deadline, record = 0, None, self.record
+        scanned, record = 0, self.record
+        deadline = time.monotonic() + self.settings.client_timeout
         while (end := find_head(self.buffer, scanned)) < 0:
             scanned = len(self.buffer)
-            deadline = deadline or time.monotonic() + self.settings.client_timeout
-            piece = self.receive(deadline)
-            if not piece:
+            if not (piece := self.receive(deadline)):
                 raise Malformed("the head of the request was cut off")
             self.buffer += piece
         asked = self.asked = parse_request(self.buffer[:end], self.server.not_forwarded)
@@ -1503,11 +1483,6 @@ class Handler(BaseHTTPRequestHandler):
             self.cors = cors_fields(index.get(b"origin"), self.settings.cors_origins)
         if b"traceparent" in index and (trace := TRACE.fullmatch(index[b"traceparent"])):
             record.trace_id = trace[1].decode()
-        if self.minor and b"expect" in index:
-            self.expects = True
-            if index[b"expect"].lower() != b"100-continue":
-                raise APIError(417, "expectation_failed", "the one expectation met here is"
-                               " 100-continue", close=True)
 
     def read_body(self):
         """Return the request's body, whole; raises 413, 408 or Malformed.
@@ -1519,9 +1494,10 @@ class Handler(BaseHTTPRequestHandler):
         if length > limit:
             raise body_too_large(limit)
         if 0 <= length <= len(data):  # it came with the head, as most do
-            self.buffer, self.length, self.expects = data[length:], 0, False
+            self.buffer, self.length = data[length:], 0
             return data[:length]
-        if self.expects and not data:
+        expected = self.asked.index.get(b"expect", b"").lower()
+        if expected == b"100-continue" and self.minor and not data:
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         began, body, pieces, received = time.monotonic(), Body(length), [], 0
         while True:
@@ -1530,87 +1506,67 @@ class Handler(BaseHTTPRequestHandler):
             if received > limit:
                 raise body_too_large(limit)
             if body.done:
-                self.buffer, self.length, self.expects = body.rest, 0, False
+                self.buffer, self.length = body.rest, 0
                 return b"".join(pieces)
             data = self.receive(began + self.settings.client_timeout + received / MIN_BODY_RATE)
             if not data:
                 raise Malformed("the body of the request was cut off")
 
-    # -- answering ---------------------------------------------------------------------------------
-
     def dispatch(self):
         """Answer the request whose head has been read."""
         method, path, index = self.asked.method, self.asked.path, self.asked.index
-        backends, is_open = self.server.backends, path in OPEN_PATHS
-        preflight = (method == "OPTIONS" and b"access-control-request-method" in index
-                     and b"Allow-Origin" in self.cors)
-        if (preflight or is_open) and not 0 <= self.length <= SKIP_BYTES:
-            raise body_too_large(SKIP_BYTES)  # who sends it may have no key
-        if preflight:  # a browser asks without a key what a page may send (Fetch standard, 4.8)
-            self.read_body()
-            wanted = index.get(b"access-control-request-headers", b"")
+        if method == "OPTIONS" and b"access-control-request-method" in index and (
+                b"Allow-Origin" in self.cors):  # a browser asks without a key (Fetch, 4.8)
             return self.reply(204, b"", b"Access-Control-Allow-Methods: %b\r\n"
                               b"Access-Control-Allow-Headers: %b\r\n"
                               b"Access-Control-Max-Age: 7200\r\n" % (
-                                  ", ".join(METHODS).encode(), wanted))
-        if self.server.keys and not is_open:
-            self.record.key = key_name(self.server.keys, index.get(b"authorization", b"")) or "-"
-            if self.record.key == "-":
-                raise APIError(401, "invalid_api_key", "send a valid key of this gateway:"
-                               " 'Authorization: Bearer KEY'",
-                               fields=b"WWW-Authenticate: Bearer\r\n")
-        methods = self.server.paths.get(path)
-        if methods is None and path.startswith("/v1/") and backends:
-            if method not in ("CONNECT", "TRACE"):  # which are about the way, not the end
-                return self.forward()
-            methods = METHODS
-        if methods is None:
-            raise APIError(404, "unknown_url", f"nothing is at {printable(path)}; use the base URL"
-                           " http://HOST:PORT/v1" + ("" if backends else
-                                                     " (in echo mode: chat/completions, models)"))
+                                  ", ".join(METHODS).encode(),
+                                  index.get(b"access-control-request-headers", b"")))
+        if self.server.keys and path not in ("/healthz", "/readyz"):  # probes have none
+            name = key_name(self.server.keys, index.get(b"authorization", b""))
+            if not name:
+                raise APIError(401, "invalid_api_key", "send a key of this gateway: 'Authorization:"
+                               " Bearer KEY'", fields=b"WWW-Authenticate: Bearer\r\n")
+            self.record.key = name
+        forwarded = self.server.backends and path.startswith("/v1/")
+        if forwarded and method not in ("CONNECT", "TRACE"):  # about the way, not the end
+            return self.forward()
+        methods = METHODS if forwarded else self.server.paths.get(path)
+        if not methods:
+            raise APIError(404, "unknown_url", f"nothing is at {printable(path)}; the base URL is"
+                           " http://HOST:PORT/v1, in echo mode for chat/completions and models")
         allow = f"Allow: {', '.join(methods)}, OPTIONS\r\n".encode()
-        if method not in (*methods, "OPTIONS"):
-            raise APIError(405, "method_not_allowed", f"{path} takes {', '.join(methods)}",
-                           fields=allow)
-        body = self.read_body()
         if method == "OPTIONS":
             self.reply(204, b"", allow)
-        elif path == "/healthz":
-            self.reply(200, b'{"status": "ok"}')
+        elif method not in methods:
+            raise APIError(405, "method_not_allowed", f"{path} takes {', '.join(methods)}",
+                           fields=allow)
+        elif path in FIXED:
+            self.reply(200, FIXED[path])
         elif path == "/readyz":
             self.reply(*self.server.readiness())
         elif path == "/metrics":
             self.reply(200, self.server.metrics_text(), kind=METRICS_TYPE)
-        elif path == "/v1/chat/completions":
-            self.echo(parse_json(body))
         else:
-            models = {"object": "list", "data": [ECHO_MODEL]}
-            self.reply(200, json.dumps(models if path == "/v1/models" else ECHO_MODEL).encode())
+            self.echo(parse_json(self.read_body()))
 
     def echo(self, asked):
         """Answer a chat completion request by ourselves."""
         echo, record = Echo(asked, self.record.request_id), self.record
         record.model, record.stream = printable(echo.model), bool(asked.get("stream"))
-        if echo.with_usage or not record.stream:
-            record.usage = dict(zip(("input", "output"), echo.usage.values()))
-        if not record.stream:
-            return self.reply(200, echo.completion())
-        self.begin(200, b"OK", EVENT_TYPE + b"".join(UNBUFFERED.values()) + self.server.date,
-                   UNTIL_CLOSE)
-        self.write(b"")
-        record.first_piece = time.monotonic()
-        for piece in echo.events():
-            self.write_piece(piece)
-        self.write_end()
+        if record.stream:
+            self.write_head(200, b"OK", EVENT_FIELDS + self.server.date, UNTIL_CLOSE)
+            return self.relay_pieces(echo.events(), events=True)
+        body = echo.completion()
+        record.usage = token_usage(body)
+        self.reply(200, body)
 
     def forward(self):
         """Answer with what a backend answers."""
-        record, server, backends, asked = (
-            self.record, self.server, self.server.backends, self.asked)
+        asked, record, backends = self.asked, self.record, self.server.backends
         body, record.asked = self.read_body(), time.monotonic()
         if backends.via in asked.index.get(b"via", b""):
-            raise APIError(508, "loop_detected", "the request has been here before: BACKEND_URL"
-                           " leads back to this gateway")
+            raise APIError(508, "loop_detected", "BACKEND_URL leads back to this gateway")
         if len(backends.all) > 1 and asked.path == "/v1/models" and asked.method in READING and (
                 models := backends.models()):
             return self.reply(200, models)
@@ -1618,19 +1574,12 @@ class Handler(BaseHTTPRequestHandler):
             asked.method, asked.target, self.fields_for_backend(body), body, self.look_into(body),
             asked.method in READING or asked.method == "POST" and asked.path in REPEATABLE,
             self.settings.backend_timeout)
+        self.server.admission.enter(request, record)
         try:
-            server.admission.enter(request, record)
-            try:
-                self.relay(backends.open(request, record))
-            finally:
-                backends.close(request)
-                server.admission.leave()
-        except APIError:
-            if request.cancelled:
-                raise ClientGone from None
-            raise
+            self.relay(backends.open(request, record))
         finally:
-            self.forwarding = None
+            backends.close(request)
+            self.server.admission.leave()
 
     def look_into(self, body):
         """Return the model that the request is for, or None, and note it.
@@ -1639,17 +1588,15 @@ class Handler(BaseHTTPRequestHandler):
         """
         record, path, model = self.record, self.asked.path, None
         if self.asked.method != "POST":
-            below = path.startswith("/v1/models/")
-            return urllib.parse.unquote(path.removeprefix("/v1/models/")) if below else None
-        kind = self.asked.index.get(b"content-type", b"").lower()
-        if path in PARSED or kind.startswith(b"application/json") or body[:1] == b"{":
+            return urllib.parse.unquote(path.partition("/v1/models/")[2]) or None
+        if path in PARSED or body[:1] == b"{":
             try:
                 asked = parse_json(body)
                 record.stream, model = asked.get("stream") is True, asked.get("model")
             except APIError:
                 if path in PARSED:
                     raise
-        elif kind.startswith(b"multipart/form-data"):
+        elif body[:2] == b"--":  # a form, with the audio to be transcribed
             field = FORM_MODEL.search(body[:FORM_BYTES]) or FORM_MODEL.search(body[-FORM_BYTES:])
             model = field and field[1].decode("utf-8", "replace")
         if not isinstance(model, str):
@@ -1671,135 +1618,104 @@ class Handler(BaseHTTPRequestHandler):
             backends.authorization))
 
     def relay(self, response):
-        """Pass the response on; raises Broken if it does not become whole."""
-        head, record = response.head, self.record
-        events = (head.index.get(b"content-type", b"").lower().startswith(b"text/event-stream")
-                  and b"content-encoding" not in head.index)
-        bodiless = record.method == "HEAD" or head.status in (204, 304)
-        self.begin(head.status, head.reason, self.fields_for_client(head, events, bodiless),
-                   None if bodiless else UNTIL_CLOSE if events and not response.whole
-                   else head.length)
-        if bodiless:
-            return self.write(b"")
-        if response.whole:
-            record.bytes = head.length
-            self.write(response.rest)
-            usage = token_usage(response.rest)
-        else:
-            self.write(b"")
-            if events:
-                schedule("SCHED_OTHER")
-            try:
-                usage = (self.relay_events if events else self.relay_body)(response)
-            except BackendError as error:
-                if not self.forwarding.cancelled:
-                    self.server.backends.failed(response.backend, error.message)
-                raise
-            finally:
-                if events:
-                    schedule("SCHED_BATCH")
-            self.write_end()
-        if record.method == "POST" and head.status == 200:
-            record.usage = usage
-
-    def fields_for_client(self, head, events, bodiless):
-        """Return the response's header lines for the client: the backend's and our own."""
+        """Pass the response on, with fields of our own; raises Broken if it is not whole."""
+        record, head = self.record, response.head
         index, fields = head.index, head.fields
         theirs = index.get(b"x-request-id", index.get(b"x-backend-request-id"))
-        if theirs and theirs != self.record.request_id.encode():
+        if theirs and theirs != record.request_id.encode():
             fields += b"X-Backend-Request-ID: %b\r\n" % theirs
         if b"date" not in index:
             fields += self.server.date
-        if bodiless and b"content-length" in index and head.status != 204:  # what a GET would have
-            fields += b"Content-Length: %b\r\n" % index[b"content-length"]
-        if events and not bodiless:
+        events = (index.get(b"content-type", b"").lower().startswith(b"text/event-stream")
+                  and b"content-encoding" not in index)
+        if events:
             fields += b"".join(line for name, line in UNBUFFERED.items() if name not in index)
-        return fields
+        length = UNTIL_CLOSE if events and not response.whole else head.length
+        if record.method == "HEAD" or head.status in (204, 304):  # tell what a GET would have
+            told = index.get(b"content-length") if head.status != 204 else None
+            length = told and int(told)
+        self.write_head(head.status, head.reason, fields, length,
+                        response.rest if response.whole else b"")
+        if response.whole:
+            record.usage = token_usage(response.rest)
+            return
+        if events:
+            schedule("SCHED_OTHER")
+        try:
+            self.relay_pieces(response.pieces, events, events and head.length == UNTIL_CLOSE)
+        except BackendError as error:
+            if self.forwarding.cancelled:
+                raise ClientGone from None
+            self.server.backends.failed(response.backend, error.message)
+            raise
+        finally:
+            if events:
+                schedule("SCHED_BATCH")
 
-    def relay_body(self, response):
-        """Pass each piece of the body on as it comes, and return the usage that its end tells."""
-        recent = b""
-        for piece in response.pieces:
-            recent = (recent + piece)[-USAGE_BYTES:]
-            self.write_piece(piece)
-        return token_usage(recent)
+    def relay_pieces(self, pieces, events, unproven=False):
+        """Pass each piece of a body on as it comes, and note the usage that its end tells.
 
-    def relay_events(self, response):
-        """Pass each piece of an event stream on, and return the usage that was told last.
-
-        What is behind the last whole event is held back: if the backend dies, an error event can
-        follow at a boundary.
+        Of an event stream, what is behind the last whole event is held back: if the backend dies,
+        an error event can follow at a boundary. Of an `unproven` one [DONE] alone tells the end.
         """
-        usage, last, tail = {}, b"", b""
-        self.at_boundary = line_begins = True
-        unproven = response.head.length == UNTIL_CLOSE  # only [DONE] tells that such a one is whole
-        for piece in response.pieces:
-            piece = tail + piece
-            end = events_end(piece)
-            self.at_boundary = end > 0 or self.at_boundary and len(piece) <= MAX_EVENT_BYTES
-            if not self.at_boundary:
-                end = len(piece)  # too long to be held back
-            tail = piece[end:]
-            if end:
-                if not last:
+        recent, tail, self.at_boundary = bytearray(), b"", events
+        for piece in pieces:
+            if events:
+                piece = tail + piece
+                end = events_end(piece)
+                self.at_boundary = end > 0 or self.at_boundary and len(piece) <= MAX_EVENT_BYTES
+                if not self.at_boundary:
+                    end = len(piece)  # too long to be held back
+                piece, tail = piece[:end], piece[end:]
+            if piece:
+                if not recent:
                     self.record.first_piece = time.monotonic()
-                last = piece[:end]
-                self.write_piece(last)
-                usage = token_usage(last) or usage
-                if unproven:
-                    unproven = not LAST_EVENT.search(b"\n" + last if line_begins else last)
-                    line_begins = last[-1] in b"\r\n"
-        if unproven and not LAST_EVENT.search(b"\n" + tail if line_begins else tail) and (
-                tail or self.record.path in PARSED and response.head.status == 200):
+                self.write_piece(piece)
+                recent += piece
+                del recent[:-USAGE_BYTES]
+        recent += tail
+        if unproven and (tail or self.record.path in PARSED and self.record.status == 200) and (
+                not LAST_EVENT.search(b"\n" + recent)):
             raise Broken("the backend closed the connection before the end of its event stream; its"
                          " own log may say why")
         if tail:
             self.write_piece(tail)
-        return token_usage(tail) or usage
+        self.open_ended = False  # it is whole
+        if self.chunked:
+            self.send(b"0\r\n\r\n")
+        self.record.usage = token_usage(recent)
 
     def reply(self, status, body=b"", fields=b"", kind=JSON_TYPE):
         """Answer with a body of our own."""
-        self.begin(status, HTTPStatus(status).phrase.encode(),
-                   fields + (kind if body else b"") + self.server.date,
-                   None if status == 204 else len(body))
-        body = b"" if self.record.method == "HEAD" else body
-        self.record.bytes = len(body)
-        self.write(body)
+        self.write_head(status, HTTPStatus(status).phrase.encode(),
+                        fields + (kind if body else b"") + self.server.date,
+                        None if status == 204 else len(body),
+                        b"" if self.record.method == "HEAD" else body)
 
-    def begin(self, status, reason, fields, length):
-        """Make the head of the reply ready; it goes out with the first write.
+    def write_head(self, status, reason, fields, length, body=b""):
+        """Send the head of the reply, and with it the body if that is here, whole.
 
         `length` is that of the body; None for a head that needs no framing. An unknown one is
         framed as chunks, or for a client of HTTP/1.0 by closing.
         """
-        self.record.status, framing = status, b""
-        if length is not None and 0 <= length < UNTIL_CLOSE:
-            framing = b"Content-Length: %d\r\n" % length
-        elif length is not None and self.minor:
-            self.chunked, framing = True, b"Transfer-Encoding: chunked\r\n"
+        record, framing, self.chunked = self.record, b"", False
+        if length in (CHUNKED, UNTIL_CLOSE):
+            self.chunked, self.open_ended = self.minor == 1, self.minor == 0
+            framing = b"Transfer-Encoding: chunked\r\n" if self.chunked else b""
         elif length is not None:
-            self.close_connection = self.ends_by_closing = True
-        if self.close_connection or self.server.draining:
+            framing = b"Content-Length: %d\r\n" % length
+        if self.close_connection or self.length or self.open_ended or self.server.draining:
             self.close_connection, framing = True, framing + b"Connection: close\r\n"
         elif not self.minor:
             framing += b"Connection: keep-alive\r\n"
-        self.pending = b"HTTP/1.1 %d %b\r\n%b%b%bX-Request-ID: %b\r\n\r\n" % (
-            status, reason, fields, self.cors, framing, self.record.request_id.encode())
+        record.status, record.bytes, record.first = status, len(body), time.monotonic()
+        self.send(b"HTTP/1.1 %d %b\r\n%b%b%bX-Request-ID: %b\r\n\r\n%b" % (
+            status, reason, fields, self.cors, framing, record.request_id.encode(), body))
 
     def write_piece(self, piece):
         """Write a piece of a body of unknown length, behind its head; an empty one would end it."""
         self.record.bytes += len(piece)
         self.send(b"%x\r\n%b\r\n" % (len(piece), piece) if self.chunked else piece)
-
-    def write_end(self):
-        """End a body of unknown length: it is whole."""
-        if self.chunked:
-            self.send(b"0\r\n\r\n")
-
-    def write(self, data):
-        """Send the head of the reply, and a part of its body or all of it."""
-        self.begun, self.record.first = True, time.monotonic()
-        self.send(self.pending + data)
 
     def send(self, data):
         """Send bytes as fast as the client takes them; raises ClientGone if it does not."""
@@ -1811,41 +1727,21 @@ class Handler(BaseHTTPRequestHandler):
         except OSError:
             raise ClientGone from None
 
-    # -- failing well ------------------------------------------------------------------------------
-
     def fail(self, error):
         """Answer with an error: as JSON, in a begun event stream as an event, else by a cut."""
-        record, record.outcome = self.record, error.code
-        record.result = "cut" if self.begun else "failed" if error.status >= 500 else "refused"
+        record, begun = self.record, self.record.first is not None
+        record.outcome = error.code
+        record.result = "cut" if begun else "failed" if error.status >= 500 else "refused"
         if not record.request_id:  # the head was not understood; an id in it counts all the same
-            lines = self.buffer.partition(b"\r\n\r\n")[0].split(b"\r\n")[:0:-1]
-            known = (match for line in lines if (match := FIELD.fullmatch(line)))
-            record.request_id = accepted_request_id(
-                {match[1].lower(): match[2].strip(b" \t") for match in known}, self.ids)
-        try:
-            if self.begun:
-                self.close_connection = True
-                return self.write_piece(event(error.body())) if self.at_boundary else self.cut()
-            if error.close or self.expects or not 0 <= self.length <= SKIP_BYTES:
-                self.close_connection = True
-            self.reply(error.status, error.body(), error.fields)
-            if not self.close_connection:
-                self.read_body()
-        except (APIError, ClientGone):
-            self.close_connection = True
-
-    def give_up(self):
-        """Stop: the client has gone, or has at least closed its half of the connection."""
-        self.close_connection, self.length, record = True, 0, self.record
-        record.status, record.outcome, record.result = 499, "client_closed", "client_closed"
-        self.cut()
-
-    def cut(self):
-        """End an unfinished body. Where closing ends it, FIN would call it whole: send RST."""
-        if self.begun and self.ends_by_closing:
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
-                                       struct.pack("ii", 1, 0))
-            self.connection.close()
+            found = LOST_ID.search(self.buffer.partition(b"\r\n\r\n")[0])
+            record.request_id = found[1].decode() if found else next(self.ids)
+        with suppress(ClientGone):
+            if not begun:
+                return self.reply(error.status, error.body(), error.fields)
+            if self.at_boundary:
+                self.open_ended = False
+                self.write_piece(event(error.body()))
+        self.close_connection = True
 
 
 # == 8. Server =====================================================================================
@@ -2091,7 +1987,7 @@ class Server(ThreadingHTTPServer):
         while self.connections and time.monotonic() < began + patience:
             before = time.monotonic() - min(PARTING_SECONDS, patience / 2)
             for handler in list(self.connections.values()):
-                if handler and handler.idle and handler.idle_since < before:
+                if handler and handler.idle_since and handler.idle_since < before:
                     handler.deaf = True  # to poll() this looks as if the client had left
                     with suppress(OSError):  # below any TLS; what has arrived can still be read
                         socket.socket.shutdown(handler.connection, socket.SHUT_RD)
