@@ -845,6 +845,10 @@ def proxy_for(scheme, host):
         return None
     parts = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     login, _, address = parts.netloc.rpartition("@")
+    try:
+        parts.port
+    except ValueError:  # whose text may be a part of a password
+        raise ValueError("its address is wrong") from None
     words = b64encode(urllib.parse.unquote_to_bytes(login)).decode()
     return address, {"Proxy-Authorization": f"Basic {words}"} if login else {}
 
@@ -852,17 +856,17 @@ def proxy_for(scheme, host):
 class BackendRequest(urllib.request.Request):
     """A request on its way to a backend; `fields` are its header lines but Host, ready as bytes.
 
-    `links` are those that it holds, two if an answer waits on the first; `patience` is how many
-    seconds a backend may be silent; `cancelled` tells that the client has gone; `turn` is the Event
-    on which it waits for its turn. (The stock __init__ parses the address each time: 7 us.)
+    `link` is the one that it holds; `patience` is how many seconds a backend may be silent;
+    `cancelled` tells that the client has gone; `turn` is the Event on which it waits for its turn.
+    (The stock __init__ parses the address each time: 7 us.)
     """
 
     __slots__ = ("full_url", "data")  # plain attributes here, properties there
-    headers, backend, turn, cancelled = {}, None, None, False
+    headers, link, backend, turn, cancelled = {}, None, None, None, False
 
     def __init__(self, method, target, fields, body, model, repeatable, patience):
         self.method, self.target, self.data, self.model = method, target, body, model
-        self.fields, self.repeatable, self.patience, self.links = fields, repeatable, patience, []
+        self.fields, self.repeatable, self.patience = fields, repeatable, patience
 
 
 class Link:
@@ -894,7 +898,7 @@ class Link:
 class Pool(urllib.request.BaseHandler):
     """The handler of urllib's opener for http and https: it keeps links alive.
 
-    Invariant: an open link is either in `_idle` or among one request's `links`; both change under
+    Invariant: an open link is either in `_idle` or the `link` of one request; both change under
     `_lock` alone. Nothing that is done under it blocks.
     """
 
@@ -913,7 +917,7 @@ class Pool(urllib.request.BaseHandler):
         except NoAnswer as error:
             if not (link.idle_since and request.repeatable) or request.cancelled:
                 raise
-            self.release(request, link, False)
+            self.release(request, False)
             try:
                 link = self._dial(request)
             except Unreachable:
@@ -929,12 +933,11 @@ class Pool(urllib.request.BaseHandler):
                 idle = self._idle[request.backend.key]
                 if not idle:
                     return None
-                link = idle.pop()
-                request.links.append(link)
+                link = request.link = idle.pop()
             fresh = time.monotonic() - link.idle_since < IDLE_SECONDS
             if fresh and link.poller and not link.poller.poll(0):  # no bytes have come, and no end
                 return link
-            self.release(request, link, False)
+            self.release(request, False)
 
     def _dial(self, request):
         """Give the request a new link, and return it; raises Unreachable."""
@@ -955,10 +958,9 @@ class Pool(urllib.request.BaseHandler):
         connection.sock.settimeout(None)
         if scheme == "https":
             connection.sock.suppress_ragged_eofs = False  # an end without its alert is a cut (9.8)
-        link = Link(connection.sock, request.backend.key)
         with self._lock:
-            request.links.append(link)
-        return link
+            request.link = Link(connection.sock, request.backend.key)
+        return request.link
 
     def _exchange(self, request, link):
         """Send the request, and return the response behind any 1xx (RFC 9110, 15.2)."""
@@ -988,11 +990,12 @@ class Pool(urllib.request.BaseHandler):
                 head = parse_response(data[:end], self._dropped, request.method == "HEAD")
                 data = data[end + 4:]
         except Malformed as error:
-            raise Broken(f"the backend broke HTTP: {error.message}") from None
+            raise Broken("the backend broke HTTP, its own log may say why:"
+                         f" {error.message.removesuffix('; send less')}") from None
         link.persistent = link.persistent and head.persistent
         if not 0 <= head.length <= len(data):
             return Response(backend, head, data, False, self._pieces(request, link, head, data))
-        self.release(request, link, head.length == len(data))
+        self.release(request, head.length == len(data))
         data = data[:head.length]
         return Response(backend, head, data, True, (data,))
 
@@ -1005,7 +1008,7 @@ class Pool(urllib.request.BaseHandler):
             except Malformed as error:
                 raise Broken(f"the backend broke HTTP: {error.message}") from None
             if body.done:
-                self.release(request, link, not body.rest)
+                self.release(request, not body.rest)
             if piece:
                 yield piece
             if body.done:
@@ -1017,19 +1020,19 @@ class Pool(urllib.request.BaseHandler):
                 raise Broken("the backend closed the connection in the middle of its response; its"
                              " own log may say why")
 
-    def release(self, request, link, at_boundary):
-        """Take a link from its request: keep it for the next one if that is safe, else close it."""
+    def release(self, request, at_boundary):
+        """Take its link from a request: keep it for the next one if that is safe, else close it."""
         with self._lock:
-            request.links.remove(link)
+            link, request.link = request.link, None
             if at_boundary and link.persistent and not request.cancelled:
                 link.idle_since = time.monotonic()
                 return self._idle[link.key].append(link)
         link.sock.close()
 
     def close(self, request):
-        """Close the links that a request holds still: what it asked for is not wanted any more."""
-        while request.links:
-            self.release(request, request.links[0], False)
+        """Close the link that a request holds still: what it asked for is not wanted any more."""
+        if request.link:
+            self.release(request, False)
 
     def cancel(self, request):
         """End a request from another thread: what waits for it sees the end at once."""
@@ -1037,9 +1040,9 @@ class Pool(urllib.request.BaseHandler):
             request.cancelled = True
             if request.turn:
                 request.turn.set()
-            for link in request.links:
+            if request.link:
                 with suppress(OSError):
-                    socket.socket.shutdown(link.sock, socket.SHUT_RDWR)  # below any TLS
+                    socket.socket.shutdown(request.link.sock, socket.SHUT_RDWR)  # below any TLS
 
     def expire(self):
         """Close the links that have been idle for too long."""
@@ -1098,11 +1101,13 @@ class Backends:
 
         What was sent decides, and the class of the failure proves it. A backend that could not be
         reached has not seen the request: the next one gets it. If one broke, or answered 429 or
-        BUSY, one other gets it, if it may be repeated; such an answer waits on its link. A time-out
-        is final: the backend may be at work. Of what came back, the last stands.
+        BUSY, one other gets it, if it may be repeated. A time-out is final: the backend may be at
+        work. Of what came back, the last stands; a body that did not come with its head is then
+        not waited for.
         """
         tried, final, left, only_free = [], None, 2 if request.repeatable else 1, False
         while left and self._choose(request, tried, only_free):
+            self.pool.close(request)
             tried.append(request.backend)
             try:
                 final = self._try(request, record)
@@ -1114,15 +1119,20 @@ class Backends:
                 continue
             except Broken as error:
                 final, only_free = error, False
-                self.pool.close(request)
             left -= 1
         record.backend = final.backend.url
-        if isinstance(final, Response):
+        if isinstance(final, Response) and (final.whole or request.link):
             return final
-        if isinstance(final, Unreachable) and len(self.all) > 1:
-            raise APIError(503, "no_healthy_backend", "none of the backends can be reached; try"
-                           " again", fields=b"Retry-After: 1\r\n")
-        raise final
+        try:
+            if isinstance(final, Response):
+                raise APIError(final.head.status, "backend_error", "the backend cannot answer now,"
+                               " and no other one can be reached; try again")
+            if isinstance(final, Unreachable) and len(self.all) > 1:
+                raise APIError(503, "no_healthy_backend", "none of the backends can be reached; try"
+                               " again", fields=b"Retry-After: 1\r\n")
+            raise final
+        finally:
+            del final  # an error holds this frame, and would be held by it, with the request's body
 
     def _choose(self, request, tried, only_free):
         """Direct the request to the backend to try next, and return whether there is one.
@@ -1980,8 +1990,8 @@ class Server(ThreadingHTTPServer):
         time.sleep(self.settings.drain_delay)
         began = time.monotonic()
         self.shutdown()
-        with suppress(OSError):
-            while self.settings.listen_fd is None:  # else a successor accepts what is left
+        with suppress(OSError):  # of an empty queue; with listen_fd, a successor accepts the rest
+            while self.settings.listen_fd is None and time.monotonic() < began + PARTING_SECONDS:
                 self.process_request(*self.get_request())
         self.server_close()
         while self.connections and time.monotonic() < began + patience:

@@ -123,7 +123,8 @@ class Handler(BaseHTTPRequestHandler):
     """One connection: reads a request, records it, answers or misbehaves, and again."""
 
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else each body would wait for the client's ACK of its head
+    disable_nagle_algorithm = True  # else each event would wait for the client's ACK of the last
+    wbufsize = 65_536  # a head and the first piece of its body are one write
 
     def dispatch(self):
         """Answer one request, or note in its record that the client would not wait."""
@@ -191,6 +192,7 @@ class Handler(BaseHTTPRequestHandler):
             if number == len(pieces):  # before the write: who has the reply finds it recorded
                 self.record["outcome"] = "misbehaved" if "cut" in how else "answered"
             self.wfile.write(piece)
+            self.wfile.flush()
 
     def log_request(self, *_):
         """Log nothing yet: how the request came out is not known."""
