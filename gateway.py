@@ -562,8 +562,10 @@ def token_usage(data):
 
     In a JSON string the quotes would be escaped: a model cannot write a usage into its text.
     """
-    starts = [start.end() for start in USAGE.finditer(data)] if b'_tokens"' in data else ()
-    told = TOKENS.findall(data, starts[-1], starts[-1] + USAGE_BYTES) if starts else ()
+    at = data.rfind(b'"usage"')
+    while at >= 0 and not USAGE.match(data, at):
+        at = data.rfind(b'"usage"', 0, at)
+    told = TOKENS.findall(data, at, at + USAGE_BYTES) if at >= 0 else ()
     return {"input" if name in (b"prompt", b"input") else "output": int(count)
             for name, count in reversed(told)}  # what is behind the usage does not count
 
@@ -1444,17 +1446,18 @@ class Handler(BaseHTTPRequestHandler):
         Silence is answered with silence: by closing.
         """
         self.idle_since = time.monotonic()
-        with suppress(APIError):
+        try:
             while (start := self.buffer[:2]) in (b"", b"\r", b"\r\n"):
                 if start == b"\r\n":
                     self.buffer = self.buffer[EMPTY_LINES.match(self.buffer).end():]
-                    continue
-                if not (piece := self.receive(self.idle_since + self.settings.client_timeout)):
+                elif piece := self.receive(self.idle_since + self.settings.client_timeout):
+                    self.buffer += piece
+                else:
                     return False
-                self.buffer += piece
-            self.idle_since = None
-            return True
-        return False
+        except APIError:
+            return False
+        self.idle_since = None
+        return True
 
     def receive(self, deadline):
         """Return what the client sends next, b"" at its end; raises 408 past the deadline.
