@@ -16,7 +16,7 @@ The path of a request; read the sections in order, or from here:
                     Pool.http_open           take or dial a link, send, read the response's head
                 relay                        pieces as they come; a cut one never ends as a whole
         except APIError -> fail              OpenAI's error JSON, an error event, or a cut
-        except ClientGone -> give_up         closing the link makes the backend stop
+        except ClientGone                    the link is closed, which makes the backend stop
         finally                              one line in the log, all metrics
 
 What it will not do: change a body, translate between APIs, store anything, or speak HTTP/2.
@@ -78,7 +78,8 @@ def number(kind, low, high):
     def parse(text):
         form = "[0-9]{1,15}" if kind is int else r"[0-9]{1,15}(\.[0-9]{1,6})?"
         if not re.fullmatch(form, text) or not low <= kind(text) <= high:
-            raise refused(f"{text[:40]!r} is no {kind.__name__} from {low} to {high}")
+            raise refused(f"{text[:40]!r} is no {'whole ' if kind is int else ''}number"
+                          f" from {low} to {high}")
         return kind(text)
     return parse
 
@@ -144,19 +145,20 @@ KNOBS = (  # name, parser, default, what it is
      "requests of a worker at the backends at once; a further one waits; 0 for no limit"),
     ("queue_timeout", from_0, "0", "seconds a request may wait for its turn, before it gets 429"),
     ("client_timeout", seconds, "60",
-     "seconds for a head, for a body to go on, for a reply to be taken, and to be idle"),
+     "seconds for a head, for a body to go on, for a reply to be taken, for the next request"),
     ("connect_timeout", seconds, "5", "seconds to connect to a backend, and for a probe's answer"),
     ("backend_timeout", seconds, "600",
      "seconds a backend may be silent, before its first byte and between bytes"),
     ("probe_interval", from_0, "10", "seconds from one look at /v1/models to the next; 0: none"),
-    ("shutdown_timeout", seconds, "30", "seconds that requests in flight have after SIGTERM"),
+    ("shutdown_timeout", seconds, "30", "seconds that requests in flight have left after SIGTERM"),
     ("drain_delay", from_0, "0", "seconds before that, for load balancers to see /readyz at 503"),
     ("workers", workers, "1", "processes that serve; auto is one for each processor"),
     ("cpu_affinity", switch, "1",
      "1 keeps each worker on one processor; 0 does not, where other programs are bound to one"),
     ("tls_cert_file", str, "", "certificate chain in PEM, to serve https; read again on SIGHUP"),
     ("tls_key_file", str, "", "private key of that certificate"),
-    ("cors_origins", listed(origin), "", "origins of pages that may call, by commas; * for any"),
+    ("cors_origins", listed(origin), "",
+     "origins of web pages that may call, separated by commas; * for any"),
     ("log_format", like("text|json", "text or json"), "text", "form of the log: text or json"))
 EXAMPLE = ("curl http://127.0.0.1:8080/v1/chat/completions"
            """ -d '{"messages":[{"role":"user","content":"Hello, world!"}]}'""")
@@ -180,7 +182,7 @@ def read_settings(argv, environ):
     settings, unknown = parser.parse_known_args(argv)
     if unknown:  # all but the name of a flag may be a secret
         name = re.match("(--[^=]*)?", unknown[0])[0] or "..."
-        parser.error(f"unknown argument {name!a}: all are flags, such as --port=8080")
+        parser.error(f"unknown argument {name!a}; all are flags like --port=8080, see --help")
     settings.listen_fd = 3 if environ.get("LISTEN_PID") == str(os.getpid()) else None
     try:
         keys, backend_key = settings.secrets = read_secrets(settings)
@@ -359,9 +361,10 @@ Head = namedtuple("Head", "status reason length persistent index fields")  # of 
 
 
 def remembered(parse):
-    """Let `parse` remember the last 256 short texts: a third less instructions for a request.
+    """Let `parse` remember the last 256 short texts: who sends to us sends the same again.
 
-    A client's key is in its head: it may stay in memory until 256 others have come.
+    Python takes 28 us for a request so, and 45 without. A client's key is in its head: it may stay
+    in memory until 256 others have come.
     """
     cached = lru_cache(256)(parse)
     return lambda data, *more: (cached if len(data) < MAX_REMEMBERED else parse)(data, *more)
@@ -491,7 +494,10 @@ def accepted_request_id(index, ids):
 
 
 class Body:
-    """Decodes a body (7.1) that is fed in any pieces; when it is `done`, `rest` came behind it."""
+    """Decodes a body that is fed in any pieces; when it is `done`, `rest` came behind it.
+
+    Of chunks (7.1), extensions and trailers are checked and dropped.
+    """
 
     def __init__(self, length):
         self._chunked, self._left = length == CHUNKED, max(length, 0)
@@ -1071,8 +1077,8 @@ class Backend:
         self.key = self.scheme, self.host = parts.scheme, parts.netloc
         self.path, self.host_line = parts.path, b"Host: %b\r\n" % self.host.encode()
 
-    def rest(self, now):
-        """Leave it alone for a time that doubles."""
+    def leave_alone(self, now):
+        """Send it nothing for a time that doubles."""
         self.up, self.back_off = False, min(max(2 * self.back_off, 1), MAX_BACK_OFF)
         self.retry_at = now + self.back_off
 
@@ -1155,7 +1161,7 @@ class Backends:
             backend = left[0] if len(left) == 1 else min(left, key=lambda b: (
                 max(b.retry_at - now, 0), b.silent, b.in_flight, b.turn))
             if not backend.up and backend.retry_at <= now:  # others wait for how this one fares
-                backend.rest(now)
+                backend.leave_alone(now)
             backend.in_flight += 1
             backend.turn = next(self._turns)
             request.backend = backend
@@ -1198,7 +1204,7 @@ class Backends:
         with self._lock:
             was_up, now = backend.up, time.monotonic()
             if backend.retry_at <= now:
-                backend.rest(now)
+                backend.leave_alone(now)
             backend.retry_at = max(backend.retry_at, now + wait)
             backend.probe_at = min(backend.probe_at, backend.retry_at)
         if was_up:
