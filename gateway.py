@@ -2089,19 +2089,31 @@ def work(server):
     return 0
 
 
-def start_worker(server, number):
-    """Fork a worker and return its process id; raises OSError."""
-    pid = os.fork()
-    if not pid:
-        status = 1
+def start_workers(server, owed, workers):
+    """Fork the workers that are owed, (number, why) pairs; one that cannot be forked stays so.
+
+    `workers` gives for a process id the worker's number and when it was started.
+    """
+    while owed:
+        number, why = owed[0]
         try:
-            server.metrics.row = server.metrics.rows[number]
-            server.number, server.loads[number] = number, 0
-            status = work(server)
-        except BaseException:
-            note_internal_error(server.settings, f"worker {number}")
-        os._exit(status)
-    return pid
+            pid = os.fork()
+        except OSError as error:
+            return note(server.settings,
+                        f"no worker can be started: {error.strerror}; trying again")
+        if not pid:
+            status = 1
+            try:
+                server.metrics.row = server.metrics.rows[number]
+                server.number, server.loads[number] = number, 0
+                status = work(server)
+            except BaseException:
+                note_internal_error(server.settings, f"worker {number}")
+            os._exit(status)
+        workers[pid] = number, time.monotonic()
+        del owed[0]
+        if why:
+            note(server.settings, f"{why}; pid {pid} replaces it")
 
 
 def reap(workers):
@@ -2134,16 +2146,7 @@ def supervise(server):
         return time.monotonic() + settings.drain_delay + settings.shutdown_timeout + LINGER_SECONDS
 
     while workers or owed:
-        try:
-            while owed:
-                number, why = owed[0]
-                pid = start_worker(server, number)
-                workers[pid] = number, time.monotonic()
-                del owed[0]
-                if why:
-                    note(settings, f"{why}; pid {pid} replaces it")
-        except OSError as error:
-            note(settings, f"no worker can be started: {error.strerror}; trying again")
+        start_workers(server, owed, workers)
         signal.alarm(1)  # for a fork to be tried again, or a deadline to be seen
         signum = signal.sigwait(signals)
         if signum in STOP and not deadline:
