@@ -1136,8 +1136,9 @@ class Backends:
                 raise APIError(final.head.status, "backend_error", "the backend cannot answer now,"
                                " and no other one can be reached; try again")
             if isinstance(final, Unreachable) and len(self.all) > 1:
-                raise APIError(503, "no_healthy_backend", "none of the backends can be reached; try"
-                               " again", fields=b"Retry-After: 1\r\n")
+                raise APIError(503, "no_healthy_backend", "none of the backends for this request"
+                               " can be reached; try again",
+                               fields=b"Retry-After: 1\r\n")
             raise final
         finally:
             del final  # an error holds this frame, and would be held by it, with the request's body
@@ -1303,14 +1304,14 @@ class Echo:
         self.usage = {"prompt_tokens": prompt, "completion_tokens": completion,
                       "total_tokens": prompt + completion}
         self.with_usage = (asked.get("stream_options") or {}).get("include_usage") is True
-        self.base = {"id": request_id, "created": int(time.time()), "model": self.model}
+        self.base = {"id": request_id, "object": "chat.completion", "created": int(time.time()),
+                     "model": self.model}
 
     def completion(self):
         """Return the chat.completion as JSON bytes."""
         choice = {"index": 0, "message": {"role": "assistant", "content": self.text},
                   "logprobs": None, "finish_reason": "stop"}
-        return json.dumps(self.base | {"object": "chat.completion", "choices": [choice],
-                                       "usage": self.usage}).encode()
+        return json.dumps(self.base | {"choices": [choice], "usage": self.usage}).encode()
 
     def events(self):
         """Yield chat.completion.chunk events: the role, each word, the end, the usage; [DONE]."""
@@ -1544,8 +1545,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.keys and path not in ("/healthz", "/readyz"):  # probes have none
             name = key_name(self.server.keys, index.get(b"authorization", b""))
             if not name:
-                raise APIError(401, "invalid_api_key", "send a key of this gateway: 'Authorization:"
-                               " Bearer KEY'", fields=b"WWW-Authenticate: Bearer\r\n")
+                raise APIError(401, "invalid_api_key", "send a valid key of this gateway:"
+                               " 'Authorization: Bearer KEY'", fields=b"WWW-Authenticate: Bearer\r\n")
             self.record.key = name
         forwarded = self.server.backends and path.startswith("/v1/")
         if forwarded and method not in ("CONNECT", "TRACE"):  # about the way, not the end
@@ -1920,6 +1921,9 @@ class Server(ThreadingHTTPServer):
             self.connections.pop(request)
         body = APIError(503, "too_many_connections", "the gateway has no room for one more"
                         " connection; try again, or raise MAX_CONNECTIONS").body()
+        refusal = Record(client_address[0])  # counted; a line of the log could hold this thread up
+        refusal.status, refusal.result = 503, "failed"
+        self.metrics.count(refusal)
         with suppress(OSError):
             request.setblocking(False)
             if not self.tls:  # no handshake is done here
