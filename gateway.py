@@ -478,10 +478,13 @@ def parse_response(head, drop, to_head):
     if not match or match[2] == b"101":  # nobody asked to switch protocols
         raise Malformed("its status line is not of the form 'HTTP/1.1 200 OK'")
     minor, status = int(match[1]), int(match[2])
-    length, persistent = body_length(index, minor, UNTIL_CLOSE), is_persistent(options, minor)
+    persistent = is_persistent(options, minor)
     if to_head or status in (204, 304):
         # Some send the body that is only announced here: it must not be the next response.
-        length, persistent = 0, persistent and length in (0, UNTIL_CLOSE)
+        length, owed = 0, index.get(b"content-length", b"0") != b"0"
+        persistent = persistent and not owed and b"transfer-encoding" not in index
+    else:
+        length = body_length(index, minor, UNTIL_CLOSE)
     return Head(status, match[3] or b"", length, persistent, index, fields)
 
 
@@ -977,15 +980,19 @@ class Pool(urllib.request.BaseHandler):
             raise ClientGone
         if link.patience != request.patience:
             link.patience = request.patience
-            set_timeouts(link.sock, request.patience, request.patience)
+            with suppress(OSError):  # it may be reset already
+                set_timeouts(link.sock, request.patience, request.patience)
         sent = b"%b %b HTTP/1.1\r\n%b%b\r\n" % (
             request.method.encode(), (backend.path + request.target).encode(), backend.host_line,
             request.fields)
         try:  # to copy a large body would cost more than another call
             for part in (sent + body,) if len(body) <= RECEIVE_BYTES else (sent, body):
                 link.sock.sendall(part)
-        except OSError:  # an answer may be there already, such as a 413
+        except OSError as error:  # an answer may be there already, such as a 413
             link.persistent = False
+            if isinstance(error, (TimeoutError, BlockingIOError)) and not (
+                    link.poller and link.poller.poll(0)):
+                raise BackendTimeout("the backend does not take the request; try again") from None
         try:
             while not head or head.status < 200:
                 scanned = 0
@@ -1065,17 +1072,21 @@ class Backend:
     """A server to forward to: its address, what it serves, and how it has been doing.
 
     `models` are the cards of /v1/models, JSON texts by id, or None if they are not known. While
-    `up` is false, nothing is sent before `retry_at`, and then one request every `back_off` seconds.
+    `up` is false, nothing is sent before `retry_at`, and then one request, until `trial_until`.
     `silent`: its last probe had no answer in time. Changed under Backends' lock.
     """
 
-    up, silent, models, probing, probed = True, False, None, False, False
-    back_off, retry_at, probe_at, in_flight, turn = 0, 0.0, 0.0, 0, 0
+    up, silent, models, probing, probed = True, False, None, None, False
+    back_off, retry_at, trial_until, probe_at, in_flight, turn = 0, 0.0, 0.0, 0.0, 0, 0
 
     def __init__(self, url):
         self.url, parts = url, urllib.parse.urlsplit(url)
         self.key = self.scheme, self.host = parts.scheme, parts.netloc
         self.path, self.host_line = parts.path, b"Host: %b\r\n" % self.host.encode()
+
+    def free_at(self):
+        """Return when a request may be sent to it: behind its back-off, and a trial of it."""
+        return max(self.retry_at, self.trial_until)
 
     def leave_alone(self, now):
         """Send it nothing for a time that doubles."""
@@ -1133,8 +1144,11 @@ class Backends:
             return final
         try:
             if isinstance(final, Response):
-                raise APIError(final.head.status, "backend_error", "the backend cannot answer now,"
-                               " and no other one can be reached; try again")
+                raise APIError(
+                    final.head.status, "backend_error", "the backend cannot answer now, and no"
+                    " other one can be reached; try again", fields=b"".join(
+                        b"%b: %b\r\n" % (name, final.head.index[name]) for name in (
+                            b"retry-after", b"retry-after-ms") if name in final.head.index))
             if isinstance(final, Unreachable) and len(self.all) > 1:
                 raise APIError(503, "no_healthy_backend", "none of the backends for this request"
                                " can be reached; try again",
@@ -1152,17 +1166,18 @@ class Backends:
         now, left = time.monotonic(), self.all
         with self._lock:
             if request.model is not None and len(left) > 1:
-                left = [b for b in left if (b.retry_at <= now if b.models is None
+                left = [b for b in left if (b.free_at() <= now if b.models is None
                                             else request.model in b.models)] or left
             if tried:
-                left = [b for b in left if b not in tried and (not only_free or b.retry_at <= now)]
+                left = [b for b in left if b not in tried and (
+                    not only_free or b.free_at() <= now)]
                 if not left:
                     return False
                 request.backend.in_flight -= 1
             backend = left[0] if len(left) == 1 else min(left, key=lambda b: (
-                max(b.retry_at - now, 0), b.silent, b.in_flight, b.turn))
-            if not backend.up and backend.retry_at <= now:  # others wait for how this one fares
-                backend.leave_alone(now)
+                max(b.free_at() - now, 0), b.silent, b.in_flight, b.turn))
+            if not backend.up and backend.free_at() <= now:  # others wait for how this one fares
+                backend.trial_until = now + backend.back_off
             backend.in_flight += 1
             backend.turn = next(self._turns)
             request.backend = backend
@@ -1214,28 +1229,37 @@ class Backends:
     def succeeded(self, backend):
         """The backend answers: it is up."""
         with self._lock:
-            was_up, backend.up, backend.back_off, backend.retry_at = backend.up, True, 0, 0.0
+            was_up, backend.up, backend.back_off = backend.up, True, 0
+            backend.retry_at = backend.trial_until = 0.0
         if not was_up:
             note(self.settings, f"backend {backend.url} is up")
 
     def probe_due(self):
         """Start a thread for each backend whose probe is due."""
-        now, interval = time.monotonic(), self.settings.probe_interval
+        now, interval, limit = (
+            time.monotonic(), self.settings.probe_interval, self.settings.connect_timeout)
         for backend in self.all:
-            if interval and now >= backend.probe_at and not backend.probing:
-                backend.probe_at = now + interval
-                start_new_thread(self._probe, (backend,))
+            probe = backend.probing
+            if probe and now > probe.deadline:  # its answer comes byte by byte
+                self.pool.cancel(probe)
+            elif interval and now >= backend.probe_at and not probe:
+                fields = b"User-Agent: gateway.py\r\nVia: %b\r\n%b" % (
+                    self.via, self.authorization)
+                probe = BackendRequest("GET", "/v1/models", fields, b"", None, True, limit)
+                probe.backend, probe.deadline = backend, now + 3 * limit
+                backend.probing, backend.probe_at = probe, now + interval
+                try:
+                    start_new_thread(self._probe, (probe,))
+                except RuntimeError:  # the system has no thread left
+                    backend.probing = None
 
-    def _probe(self, backend):
+    def _probe(self, request):
         """Ask a backend which models it serves, and so whether it is up.
 
         A success counts once its back-off is over, as that of a request. Silence of one that is at
         work is no failure: some answer nothing while they generate.
         """
-        fields = b"User-Agent: gateway.py\r\nVia: %b\r\n%b" % (self.via, self.authorization)
-        request = BackendRequest("GET", "/v1/models", fields, b"", None, True,
-                                 self.settings.connect_timeout)
-        request.backend, backend.probing = backend, True
+        backend = request.backend
         try:
             answer = self.pool.http_open(request)
             backend.silent = False
@@ -1247,12 +1271,16 @@ class Backends:
             if backend.retry_at <= time.monotonic():
                 self.succeeded(backend)
         except BackendError as error:
-            backend.silent = isinstance(error, BackendTimeout)
+            backend.silent = isinstance(error, BackendTimeout) or request.cancelled
             if not (backend.silent and backend.in_flight):
                 self.failed(backend, error.message)
+        except ClientGone:  # it was cancelled before it was sent
+            pass
+        except Exception:
+            note_internal_error(self.settings, backend.url)
         finally:
             self.pool.close(request)
-            backend.probing, backend.probed = False, True
+            backend.probing, backend.probed = None, True
 
     def models(self):
         """Return the list of the models of all backends that are up as JSON, if any is known."""
@@ -1317,7 +1345,7 @@ class Echo:
         """Yield chat.completion.chunk events: the role, each word, the end, the usage; [DONE]."""
         base = self.base | {"object": "chat.completion.chunk"}
         usage = {"usage": None} if self.with_usage else {}
-        words = ({"content": word} for word in re.findall(r"\S+\s*", self.text))
+        words = ({"content": word[0]} for word in re.finditer(r"\S+\s*", self.text))
         for delta in ({"role": "assistant", "content": ""}, *words, {}):
             choice = {"index": 0, "delta": delta, "logprobs": None,
                       "finish_reason": None if delta else "stop"}
@@ -1387,8 +1415,8 @@ class Handler(BaseHTTPRequestHandler):
     request is awaited, `idle_since` is set; FIN would pass an `open_ended` reply off as whole.
     """
 
-    buffer, patience, length, deaf, open_ended, forwarding, idle_since = (
-        b"", 0, 0, False, False, None, None)
+    buffer, patience, length, forwarding, idle_since = b"", 0, 0, None, None
+    deaf = open_ended = lingering = False
 
     def setup(self):
         self.settings, self.connection, self.ids = self.server.settings, self.request, request_ids()
@@ -1405,7 +1433,8 @@ class Handler(BaseHTTPRequestHandler):
         """Close the connection: by RST if FIN would pass a cut body off as whole.
 
         Closing with input unread sends RST too, which destroys what the client has not read of its
-        reply (9.6). So say that no more comes, and discard for a while what it sends.
+        reply (9.6), were it an empty line. So say that no more comes, and discard for a while what
+        it sends.
         """
         deadline = time.monotonic() + LINGER_SECONDS
         if self.connection is not self.request and not self.open_ended:
@@ -1417,7 +1446,7 @@ class Handler(BaseHTTPRequestHandler):
             if self.open_ended:
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
                                            struct.pack("ii", 1, 0))
-            elif self.length:
+            elif self.length or self.lingering:
                 self.connection.shutdown(socket.SHUT_WR)  # of TLS too: what comes is discarded
                 while self.receive(deadline):
                     pass
@@ -1436,7 +1465,7 @@ class Handler(BaseHTTPRequestHandler):
         except APIError as error:
             self.fail(error)
         except ClientGone:  # or it has closed its half of the connection
-            self.close_connection, self.length = True, 0
+            self.close_connection, self.length, self.lingering = True, 0, False
             record.status, record.outcome, record.result = 499, "client_closed", "client_closed"
         except Exception:
             note_internal_error(self.settings, f"id={record.request_id}")
@@ -1546,7 +1575,8 @@ class Handler(BaseHTTPRequestHandler):
             name = key_name(self.server.keys, index.get(b"authorization", b""))
             if not name:
                 raise APIError(401, "invalid_api_key", "send a valid key of this gateway:"
-                               " 'Authorization: Bearer KEY'", fields=b"WWW-Authenticate: Bearer\r\n")
+                               " 'Authorization: Bearer KEY'",
+                               fields=b"WWW-Authenticate: Bearer\r\n")
             self.record.key = name
         forwarded = self.server.backends and path.startswith("/v1/")
         if forwarded and method not in ("CONNECT", "TRACE"):  # about the way, not the end
@@ -1609,14 +1639,15 @@ class Handler(BaseHTTPRequestHandler):
         record, path, model = self.record, self.asked.path, None
         if self.asked.method != "POST":
             return urllib.parse.unquote(path.partition("/v1/models/")[2]) or None
-        if path in PARSED or body[:1] == b"{":
+        start = body[:64].lstrip()
+        if path in PARSED or start[:1] == b"{":
             try:
                 asked = parse_json(body)
                 record.stream, model = asked.get("stream") is True, asked.get("model")
             except APIError:
                 if path in PARSED:
                     raise
-        elif body[:2] == b"--":  # a form, with the audio to be transcribed
+        elif start[:2] == b"--":  # a form, with the audio to be transcribed
             field = FORM_MODEL.search(body[:FORM_BYTES]) or FORM_MODEL.search(body[-FORM_BYTES:])
             model = field and field[1].decode("utf-8", "replace")
         if not isinstance(model, str):
@@ -1652,8 +1683,8 @@ class Handler(BaseHTTPRequestHandler):
             fields += b"".join(line for name, line in UNBUFFERED.items() if name not in index)
         length = UNTIL_CLOSE if events and not response.whole else head.length
         if record.method == "HEAD" or head.status in (204, 304):  # tell what a GET would have
-            told = index.get(b"content-length") if head.status != 204 else None
-            length = told and int(told)
+            told = index.get(b"content-length", b"") if head.status != 204 else b""
+            length = int(told) if told.isdigit() and len(told) < 16 else None
         self.write_head(head.status, head.reason, fields, length,
                         response.rest if response.whole else b"")
         if response.whole:
@@ -1678,7 +1709,7 @@ class Handler(BaseHTTPRequestHandler):
         Of an event stream, what is behind the last whole event is held back: if the backend dies,
         an error event can follow at a boundary. Of an `unproven` one [DONE] alone tells the end.
         """
-        recent, tail, self.at_boundary = bytearray(), b"", events
+        recent, tail, self.at_boundary = bytearray(b"\n"), b"", events
         for piece in pieces:
             if events:
                 piece = tail + piece
@@ -1688,14 +1719,14 @@ class Handler(BaseHTTPRequestHandler):
                     end = len(piece)  # too long to be held back
                 piece, tail = piece[:end], piece[end:]
             if piece:
-                if not recent:
+                if self.record.first_piece is None:
                     self.record.first_piece = time.monotonic()
                 self.write_piece(piece)
                 recent += piece
                 del recent[:-USAGE_BYTES]
         recent += tail
         if unproven and (tail or self.record.path in PARSED and self.record.status == 200) and (
-                not LAST_EVENT.search(b"\n" + recent)):
+                not LAST_EVENT.search(recent)):
             raise Broken("the backend closed the connection before the end of its event stream; its"
                          " own log may say why")
         if tail:
@@ -1725,7 +1756,8 @@ class Handler(BaseHTTPRequestHandler):
         elif length is not None:
             framing = b"Content-Length: %d\r\n" % length
         if self.close_connection or self.length or self.open_ended or self.server.draining:
-            self.close_connection, framing = True, framing + b"Connection: close\r\n"
+            self.close_connection = self.lingering = True
+            framing += b"Connection: close\r\n"
         elif not self.minor:
             framing += b"Connection: keep-alive\r\n"
         record.status, record.bytes, record.first = status, len(body), time.monotonic()
@@ -2010,7 +2042,7 @@ class Server(ThreadingHTTPServer):
         while self.connections and time.monotonic() < began + patience:
             before = time.monotonic() - min(PARTING_SECONDS, patience / 2)
             for handler in list(self.connections.values()):
-                if handler and handler.idle_since and handler.idle_since < before:
+                if handler and (handler.idle_since or before) < before:
                     handler.deaf = True  # to poll() this looks as if the client had left
                     with suppress(OSError):  # below any TLS; what has arrived can still be read
                         socket.socket.shutdown(handler.connection, socket.SHUT_RD)

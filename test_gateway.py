@@ -4652,7 +4652,7 @@ def test_a_503_whose_body_has_not_come_is_not_waited_for_if_another_backend_can_
         port, first = stack.enter_context(several(script, urls=urls, backend_timeout=1))
         reply = ask(port, body=CHAT)
         assert reply.status == {"silent": 504, "busy": 503, "well": 200, "dead": 503}[other]
-        assert not reply.all("retry-after") and first.ended
+        assert reply.all("retry-after") == ["7"] * (other == "dead") and first.ended
         assert other != "dead" or reply.error()["code"] == "backend_error"
 
 
@@ -4865,3 +4865,56 @@ def test_no_part_of_a_proxy_s_password_is_told(proxies, capfd):
         assert "se" not in gateway.start_up_line(server).partition("proxy")[2].split()
         reply = ask(server.port, "GET", "/v1/models")
         assert reply.error()["code"] == "backend_unreachable" and b"'se'" not in reply.body
+
+
+@pytest.mark.parametrize("behind", (b"", b"\r\n", b"GET"))
+@pytest.mark.parametrize("version", ("1.0", "1.1"))
+def test_a_reply_that_ends_its_connection_arrives_whole_whatever_is_behind_the_request(
+        version, behind):
+    """To close with a byte unread would send RST, and destroy what the client has not yet read."""
+    body, go = b"x" * 600_000, threading.Semaphore(0)
+    with PlayedBackend(stepwise(go, response(body))) as backend, serve(
+            backend_url=backend.url) as server, Client(server.port) as client:
+        client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32_768)
+        client.send(request("POST", CHATS, CHAT, "Connection: close", version=version))
+        eventually(lambda: backend.requests)
+        client.send(behind)
+        go.release()
+        client.until(b"\r\n\r\n")
+        with contextlib.suppress(AssertionError):  # it is to wait for us: that it does not is RST
+            eventually(lambda: not server.connections, 0.5)
+        while len(client.buffer) < len(body) and client.more():
+            pass
+        assert client.buffer == body
+
+
+def test_head_may_tell_of_a_coding_that_no_get_may_have():
+    heads = [b"HTTP/1.1 200 OK\r\n%b\r\n\r\n" % lines for lines in (
+        b"Transfer-Encoding: gzip, chunked", b"Content-Length: x",
+        b"Transfer-Encoding: chunked\r\nContent-Length: 9")]
+    with forward(by_case(heads)) as (port, backend), Client(port) as client:
+        for case in range(3):
+            assert client.send(request("HEAD", f"{FILES}?{case}")).reply("HEAD").status == 200
+        assert backend.connections == 3  # a body may follow all the same
+
+
+def test_a_model_is_found_behind_white_space_and_a_form_behind_an_empty_line():
+    form = b'\r\n--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nb\r\n--b--\r\n'
+    with several(plays(listed=models("a")), plays(listed=models("b")),
+                 probe_interval=600) as (port, *backends):
+        for body in (b' \r\n{"model": "b"}', form) * 2:
+            assert ask(port, "POST", "/v1/embeddings", body).status == 200
+        assert counts(backends) == [0, 4]
+
+
+def test_a_probe_that_takes_for_ever_is_ended_and_probed_again():
+    def script(played, number):
+        played.request()
+        with contextlib.suppress(ConnectionError):
+            for byte in b"HTTP/1.1 200 OK\r\nA: " + b"a" * 10_000:
+                played.send(bytes([byte]))
+                if played.backend.listener.fileno() < 0 or select.select(
+                        [played.socket], [], [], 0.05)[0]:
+                    return
+    with several(script, settle=False, probe_interval=0.1, connect_timeout=0.3) as (port, backend):
+        eventually(lambda: backend.connections >= 3)
