@@ -1416,7 +1416,7 @@ class Handler(BaseHTTPRequestHandler):
     """
 
     buffer, patience, length, forwarding, idle_since = b"", 0, 0, None, None
-    deaf = open_ended = lingering = False
+    deaf = open_ended = False
 
     def setup(self):
         self.settings, self.connection, self.ids = self.server.settings, self.request, request_ids()
@@ -1446,7 +1446,11 @@ class Handler(BaseHTTPRequestHandler):
             if self.open_ended:
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
                                            struct.pack("ii", 1, 0))
-            elif self.length or self.lingering:
+            else:
+                if not self.length:  # all was read, unless a byte has come behind it
+                    self.connection.setblocking(False)
+                    self.connection.recv(RECEIVE_BYTES)  # raises BlockingIOError if not
+                    self.connection.setblocking(True)
                 self.connection.shutdown(socket.SHUT_WR)  # of TLS too: what comes is discarded
                 while self.receive(deadline):
                     pass
@@ -1465,7 +1469,7 @@ class Handler(BaseHTTPRequestHandler):
         except APIError as error:
             self.fail(error)
         except ClientGone:  # or it has closed its half of the connection
-            self.close_connection, self.length, self.lingering = True, 0, False
+            self.close_connection, self.length = True, 0
             record.status, record.outcome, record.result = 499, "client_closed", "client_closed"
         except Exception:
             note_internal_error(self.settings, f"id={record.request_id}")
@@ -1756,8 +1760,7 @@ class Handler(BaseHTTPRequestHandler):
         elif length is not None:
             framing = b"Content-Length: %d\r\n" % length
         if self.close_connection or self.length or self.open_ended or self.server.draining:
-            self.close_connection = self.lingering = True
-            framing += b"Connection: close\r\n"
+            self.close_connection, framing = True, framing + b"Connection: close\r\n"
         elif not self.minor:
             framing += b"Connection: keep-alive\r\n"
         record.status, record.bytes, record.first = status, len(body), time.monotonic()
