@@ -1144,11 +1144,10 @@ class Backends:
             return final
         try:
             if isinstance(final, Response):
-                raise APIError(
-                    final.head.status, "backend_error", "the backend cannot answer now, and no"
-                    " other one can be reached; try again", fields=b"".join(
-                        b"%b: %b\r\n" % (name, final.head.index[name]) for name in (
-                            b"retry-after", b"retry-after-ms") if name in final.head.index))
+                pause = b"".join(b"%b: %b\r\n" % field for field in final.head.index.items()
+                                 if field[0] in (b"retry-after", b"retry-after-ms"))
+                raise APIError(final.head.status, "backend_error", "the backend cannot answer now,"
+                               " and no other one can be reached; try again", fields=pause)
             if isinstance(final, Unreachable) and len(self.all) > 1:
                 raise APIError(503, "no_healthy_backend", "none of the backends for this request"
                                " can be reached; try again",
