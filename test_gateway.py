@@ -6,6 +6,7 @@ and exceptions are seen; those about the command line, signals and limits start 
 waits for a condition, a backend that plays a script waits for the test.
 """
 
+import atexit
 import base64
 import concurrent.futures
 import contextlib
@@ -320,10 +321,26 @@ def chunked(*pieces, end=True):
     return b"".join(b"%x\r\n%b\r\n" % (len(p), p) for p in pieces) + b"0\r\n\r\n" * end
 
 
+def bound():
+    """Return a socket whose port refuses connections, and is nobody else's while it is open."""
+    sock = socket.socket()
+    sock.bind(("127.0.0.1", 0))
+    atexit.register(sock.close)
+    return sock
+
+
+DEAD = itertools.cycle([bound() for _ in range(8)])
+
+
 def dead_address():
-    """Return the URL of an address where nothing listens."""
+    """Return the URL of an address where nothing listens: another one, eight times."""
+    return f"http://127.0.0.1:{next(DEAD).getsockname()[1]}"
+
+
+def free_port():
+    """Return a port that is free, if nobody is quicker."""
     with socket.create_server(("127.0.0.1", 0)) as sock:
-        return f"http://127.0.0.1:{sock.getsockname()[1]}"
+        return sock.getsockname()[1]
 
 
 @contextlib.contextmanager
@@ -1215,7 +1232,7 @@ def test_a_line_of_the_log_is_short_enough_for_a_pipe_to_take_it_whole(form, log
 @pytest.mark.parametrize("redirection", ("2>&-", "<&- >&- 2>&-", "2> >(head -n1 >&2)"))
 def test_without_a_reader_of_the_log_requests_are_served_and_no_line_reaches_a_client(redirection):
     """The number of a closed stderr would go to the next socket that is opened."""
-    port = int(dead_address().rpartition(":")[2])
+    port = free_port()
     shell = ("bash", "-c", f'exec "$0" "$@" {redirection}', sys.executable)
 
     def connected():
@@ -4817,7 +4834,7 @@ def test_nothing_holds_a_request_that_has_ended(case):
 
 def test_a_stalled_reader_of_the_log_stops_neither_new_connections_nor_a_second_signal():
     reader, writer = os.pipe()
-    clean = {"PATH": os.environ["PATH"], "PORT": str(port := int(dead_address()[17:]))}
+    clean = {"PATH": os.environ["PATH"], "PORT": str(port := free_port())}
     with subprocess.Popen([sys.executable, str(HERE / "gateway.py")], stderr=writer, env=clean,
                           stdin=subprocess.DEVNULL) as process:
         os.close(writer)
