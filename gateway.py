@@ -963,8 +963,9 @@ class Pool(urllib.request.BaseHandler):
                 connection.set_tunnel(host, headers=login)
             connection.connect()
         except (OSError, http.client.HTTPException, ValueError) as error:
+            why = str(error).encode("unicode_escape").decode()  # a proxy may have chosen its words
             raise Unreachable(f"the backend {scheme}://{host} cannot be reached"
-                              f"{' by its proxy' if proxy else ''}: {error}; is it running?"
+                              f"{' by its proxy' if proxy else ''}: {why}; is it running?"
                               " BACKEND_URL right?") from None
         connection.sock.settimeout(None)
         if scheme == "https":

@@ -1543,12 +1543,15 @@ def test_an_https_backend_is_reached_by_connect_and_the_proxy_sees_no_request(pe
     assert not re.search("pa(%40|@)ss", process.log)
 
 
-def test_a_proxy_that_refuses_is_502_backend_unreachable(proxies):
-    with PlayedBackend(answers(b"HTTP/1.1 407 No\r\nContent-Length: 0\r\n\r\n")) as proxy:
+def test_a_proxy_that_refuses_is_502_backend_unreachable_and_breaks_no_line_of_the_log(
+        proxies, log):
+    with PlayedBackend(answers(b"HTTP/1.1 407 \x1b[31mNo\rway\r\n\r\n")) as proxy:
         proxies(https_proxy=proxy.url)
         with serve(backend_url="https://backend.test") as server:
             reply = ask(server.port, body=CHAT)
             assert (reply.status, reply.error()["code"]) == (502, "backend_unreachable")
+    assert any("\\x1b[31mNo" in line for line in log)
+    assert all(re.fullmatch("[ -~]+", line) for line in log)
 
 
 @pytest.mark.parametrize("host, no_proxy", [
