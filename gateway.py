@@ -868,8 +868,8 @@ class BackendRequest(urllib.request.Request):
     """A request on its way to a backend; `fields` are its header lines but Host, ready as bytes.
 
     `link` is the one that it holds; `patience` is how many seconds a backend may be silent;
-    `cancelled` tells that the client has gone; `turn` is the Event on which it waits for its turn.
-    (The stock __init__ parses the address each time: 7 us.)
+    `cancelled` tells that the client, or the time of a probe, has gone; `turn` is the Event
+    on which it waits for its turn. (The stock __init__ parses the address each time: 7 us.)
     """
 
     __slots__ = ("full_url", "data")  # plain attributes here, properties there
@@ -1151,8 +1151,7 @@ class Backends:
                                " and no other one can be reached; try again", fields=pause)
             if isinstance(final, Unreachable) and len(self.all) > 1:
                 raise APIError(503, "no_healthy_backend", "none of the backends for this request"
-                               " can be reached; try again",
-                               fields=b"Retry-After: 1\r\n")
+                               " can be reached; try again", fields=b"Retry-After: 1\r\n")
             raise final
         finally:
             del final  # an error holds this frame, and would be held by it, with the request's body
@@ -1346,7 +1345,7 @@ class Echo:
         base = self.base | {"object": "chat.completion.chunk"}
         usage = {"usage": None} if self.with_usage else {}
         words = ({"content": word[0]} for word in re.finditer(r"\S+\s*", self.text))
-        for delta in ({"role": "assistant", "content": ""}, *words, {}):
+        for delta in itertools.chain([{"role": "assistant", "content": ""}], words, [{}]):
             choice = {"index": 0, "delta": delta, "logprobs": None,
                       "finish_reason": None if delta else "stop"}
             yield event(json.dumps(base | {"choices": [choice]} | usage).encode())
@@ -2071,9 +2070,9 @@ def hung_up(descriptors):
 # == 9. Processes ==================================================================================
 # With one worker, this process serves. With several, it forks them and only watches: it is the one
 # to signal. A worker that dies is replaced; one that dies within a second of its start would do so
-# for ever, so the service stops. Signals have no handlers: they are blocked in all threads, and the
-# main thread waits for them. (A handler may run just before the thread goes to sleep, and the
-# signal is lost.) A worker whose supervisor is gone stops as if it had been told to.
+# for ever, so the service stops. The first signal to stop has no handler: signals are blocked in
+# all threads, and the main thread waits for them. (A handler may run just before the thread goes to
+# sleep, and the signal is lost.) A worker whose supervisor is gone stops as if it had been told to.
 
 STOP = {signal.SIGTERM, signal.SIGINT}
 CAN_WAIT = hasattr(signal, "sigwait")  # not on Windows: there Ctrl-C raises KeyboardInterrupt
