@@ -10,6 +10,7 @@ import atexit
 import base64
 import concurrent.futures
 import contextlib
+import errno
 import functools
 import gc
 import gzip
@@ -2203,6 +2204,70 @@ def test_a_client_that_reads_nothing_slows_its_backend_costs_no_memory_and_is_gi
             eventually(lambda: " 499 " in process.log)
             memory = Path(f"/proc/{process.pid}/status").read_text()
             assert int(re.search(r"VmHWM:\s*(\d+) kB", memory)[1]) < 100_000
+
+
+@pytest.mark.parametrize("drops", [False, True])
+def test_a_client_that_does_not_take_its_stream_delays_no_other_and_loses_nothing(drops):
+    """Though all streams are relayed by one thread. It may stall in each of many events."""
+    many, go = [b"data: %d\n\n" % n + b": %b\n\n" % (b"x" * 100_000) for n in range(300)], (
+        threading.Semaphore(0))
+    sent = []
+    def script(played, number):
+        if case_of(played.request()[0]):
+            played.send(STREAM_HEAD)
+            for n in range(10):
+                assert go.acquire(timeout=SECONDS)
+                played.send(chunked(b"data: %d\n\n" % n, end=n == 9))
+            return
+        with contextlib.suppress(ConnectionError):
+            played.send(STREAM_HEAD)
+            for event in many:
+                played.send(chunked(event, end=False))
+                sent.append(time.monotonic())
+            played.send(chunked(DONE))
+        played.wait_for_end()
+    with forward(script) as (port, backend), Client(port) as stalled, Client(port) as client:
+        stalled.send(request("POST", f"{CHATS}?0", STREAM))
+        wait_for(stalled, b"data: 0\n\n")
+        eventually(lambda: sent and time.monotonic() > sent[-1] + 0.3)  # all buffers are full
+        assert len(sent) < len(many)
+        client.send(request("POST", f"{CHATS}?1", STREAM))
+        for n in range(10):
+            go.release()
+            wait_for(client, b"data: %d\n\n" % n)
+        if drops:
+            stalled.vanish()
+            eventually(lambda: backend.ended)
+        else:
+            assert stalled.reply().body == b"".join(many) + DONE
+
+
+@pytest.mark.parametrize("lacks", ["epoll", "descriptors", "threads", "watches"])
+def test_streams_work_where_the_system_has_nothing_to_relay_them_in_one_thread(lacks, monkeypatch):
+    class NoWatches:
+        close = poll = lambda *_: []
+        def register(self, *_):
+            raise OSError(errno.ENOSPC, "no watches are left")
+    def fail(*_):
+        raise RuntimeError("can't start new thread") if lacks == "threads" else (
+            OSError(errno.EMFILE, "Too many open files"))
+    pieces, go = [b"data: %d\n\n" % n for n in range(5)], threading.Semaphore(0)
+    script = stepwise(go, STREAM_HEAD, *[
+        chunked(piece, end=piece is pieces[-1]) for piece in pieces])
+    with forward(script) as (port, backend), Client(port) as client:
+        client.send(request(body=STREAM))
+        eventually(lambda: backend.requests)
+        if lacks == "epoll":
+            monkeypatch.delattr(select, "epoll")
+        elif lacks == "threads":
+            monkeypatch.setattr(gateway, "start_new_thread", fail)
+        else:
+            monkeypatch.setattr(select, "epoll", NoWatches if lacks == "watches" else fail)
+        go.release()
+        for piece in pieces:
+            go.release()
+            wait_for(client, piece)
+        assert client.reply().body == b"".join(pieces)
 
 
 # -- 7. Handler: backends that die in mid-answer ---------------------------------------------------
