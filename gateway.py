@@ -49,7 +49,7 @@ from base64 import b64encode
 from bisect import bisect_left
 from collections import defaultdict, namedtuple
 from contextlib import suppress
-from email.utils import formatdate
+from email.utils import formatdate, parsedate_to_datetime
 from functools import lru_cache
 from hmac import compare_digest
 from http import HTTPStatus
@@ -110,10 +110,10 @@ def backend_url(text):
                   " password, query or fragment; separate several by commas")
 
 
-def named_keys(text):
-    """Parse keys, one a comma or a line, to (name, key) pairs; raises if there is none."""
-    lines = (line.split(",") for line in text.split("\n") if line.lstrip()[:1] != "#")
-    matches = [KEY.fullmatch(item.strip()) for line in lines for item in line if item.strip()]
+def named_keys(text, between=","):
+    """Parse keys to (name, key) pairs; raises if there is none."""
+    items = [item.strip() for item in text.split(between)]
+    matches = [KEY.fullmatch(item) for item in items if item]
     if text and not (matches and all(matches)):
         raise refused("keys are of visible ASCII characters: KEY or NAME=KEY, at least one")
     return [(m[1] or f"key{i}", m[2].encode()) for i, m in enumerate(matches, 1)]
@@ -173,14 +173,19 @@ def read_settings(argv, environ):
     parser = argparse.ArgumentParser(
         prog="gateway.py", usage=argparse.SUPPRESS,  # so that an error is one line
         description=__doc__.partition("\n\nThe path")[0], epilog=f"Try it:\n  {EXAMPLE}",
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        exit_on_error=False)
     parser.add_argument("--version", action="version", version=f"gateway.py {__version__}")
     for name, parse, default, text in KNOBS:
         variable, flag = name.upper(), "--" + name.replace("_", "-")
         parser.add_argument(
             flag, default=environ.get(variable) or default, type=parse, metavar=variable,
             help=f"{text} (environment: {variable}; default: {default or 'none'})")
-    settings, unknown = parser.parse_known_args(argv)
+    try:
+        settings, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        flag = error.argument_name
+        parser.error(f"{flag[2:].replace('-', '_').upper()} ({flag}): {error.message}")
     if unknown:  # all but the name of a flag may be a secret
         name = re.match("(--[^=]*)?", unknown[0])[0] or "..."
         parser.error(f"unknown argument {name!a}; all are flags like --port=8080, see --help")
@@ -214,7 +219,8 @@ def read_secrets(settings):
         except (OSError, argparse.ArgumentTypeError) as error:
             why = getattr(error, "strerror", None) or error  # without the path: it may be a key
             raise ValueError(f"{name.upper()}: {why}") from None
-    return (settings.api_keys + read("api_keys_file", named_keys, []),
+    return (settings.api_keys + read("api_keys_file", lambda text: named_keys(
+        re.sub("(?m)^[ \t]*#.*", "", text), "\n"), []),
             read("backend_api_key_file", secret, settings.backend_api_key))
 
 
@@ -348,7 +354,8 @@ ABSOLUTE = re.compile(rb"https?://([^/?#]*)(.*)", re.I)
 EMPTY_LINES = re.compile(rb"(?:\r\n)*+")
 LAST_EVENT = re.compile(rb"[\r\n]data: ?\[DONE\]")
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")
-LOST_ID = re.compile(rb"\r\n(?:X-)?Request-ID:[ \t]*([!-~]{1,128})[ \t]*(?:\r|\Z)", re.I)
+LOST = re.compile(rb"\r\n(X-Request-ID|Request-ID|Origin):[ \t]*([!-~]{1,128})[ \t]*(?=\r|\Z)",
+                  re.I)  # fields of use in a head that is not understood
 TRACE = re.compile(rb"(?!ff|00.{54})[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}"
                    rb"-[0-9a-f]{2}(?:-.*)?")  # W3C Trace Context, 3.2.2
 FORM_MODEL = re.compile(rb'[; ]name="?model"?\r\n(?:[^\r\n]{1,256}\r\n){0,8}\r\n'
@@ -378,6 +385,8 @@ def find_head(data, scanned=0):
     """
     start = max(0, scanned - 3)
     end = data.find(b"\r\n\r\n", start)
+    if len(data) > MAX_LINE_BYTES and data.find(b"\r\n", 0, MAX_LINE_BYTES + 2) < 0:
+        raise Malformed(f"a request line may have {MAX_LINE_BYTES} bytes; send less", 414)
     if (len(data) if end < 0 else end + 2) > MAX_HEAD_BYTES:
         raise Malformed(f"a head may have {MAX_HEAD_BYTES} bytes; send less", 431)
     if end < 0 and NEVER_IN_A_HEAD.search(data, start):
@@ -419,11 +428,9 @@ def is_persistent(options, minor):
 
 @remembered
 def parse_request(head, drop):
-    """Return the Request (3) that a head is; raises Malformed: 400, 414, 431, 501 or 505."""
+    """Return the Request (3) that a head is; raises Malformed: 400, 431, 501 or 505."""
     line, index, options, fields = parse_head(head, drop)
     match = REQUEST_LINE.fullmatch(line)
-    if len(line) > MAX_LINE_BYTES:
-        raise Malformed(f"a request line may have {MAX_LINE_BYTES} bytes; send less", 414)
     if not match:
         raise Malformed("the request line is not of the form 'METHOD /path HTTP/1.1'")
     if match[3] != b"1":
@@ -458,10 +465,10 @@ def body_length(index, minor, otherwise):
     Raises Malformed where two readers could differ, and 501 for another coding than chunked.
     """
     length, coding = index.get(b"content-length"), index.get(b"transfer-encoding")
-    if length is not None and not (length.isdigit() and len(length) < 16):
+    if length is not None and not length.isdigit():
         raise Malformed("Content-Length must be there once, as digits")
-    if coding is None:
-        return otherwise if length is None else int(length)
+    if coding is None:  # 16 digits are too many for every limit, and int() takes no 4,301
+        return otherwise if length is None else int(length.lstrip(b"0")[:16] or 0)
     if length is not None or not minor:
         raise Malformed("Transfer-Encoding beside Content-Length, or in HTTP/1.0, is ambiguous")
     if b"chunked" in [token.strip(b" \t") for token in coding.lower().split(b",")[:-1]]:
@@ -486,6 +493,8 @@ def parse_response(head, drop, to_head):
         persistent = persistent and not owed and b"transfer-encoding" not in index
     else:
         length = body_length(index, minor, UNTIL_CLOSE)
+        if UNTIL_CLOSE > length >= 10 ** 15:
+            raise Malformed("its Content-Length is beyond belief")
     return Head(status, match[3] or b"", length, persistent, index, fields)
 
 
@@ -500,15 +509,18 @@ def accepted_request_id(index, ids):
 class Body:
     """Decodes a body that is fed in any pieces; when it is `done`, `rest` came behind it.
 
-    Of chunks (7.1), extensions and trailers are checked and dropped.
+    Of chunks (7.1), extensions and trailers are checked and dropped. If they are `malformed`, what
+    came before that is good.
     """
+
+    malformed = False
 
     def __init__(self, length):
         self._chunked, self._left = length == CHUNKED, max(length, 0)
         self.done, self.rest = length == 0, b"\r\n" if self._chunked else b""  # as behind a chunk
 
     def feed(self, data):
-        """Return the bytes of the body that `data` completes; raises Malformed."""
+        """Return the bytes of the body that `data` completes."""
         if not self._chunked:
             piece, self.rest = data[:self._left], data[self._left:]
             self._left -= len(piece)
@@ -532,8 +544,8 @@ class Body:
                 break
         self.rest = data[at:]
         ended = b"\r\n\r\n" in self.rest if self._left < 0 else b"\r\n" in self.rest[2:]
-        if not self.done and (ended or len(self.rest) > MAX_CHUNK_LINE):
-            raise Malformed("the body's chunks are not of the form of RFC 9112, section 7.1")
+        self.malformed = not self.done and (ended or len(self.rest) > MAX_CHUNK_LINE or (
+            bool(NEVER_IN_A_HEAD.search(self.rest))))
         return b"".join(pieces)
 
 
@@ -567,15 +579,18 @@ def parse_json(body):
     return value
 
 
-def token_usage(data):
-    """Return what the last usage in an answer's JSON tells: {"input": n, "output": n}, or less.
+def token_usage(first, recent):
+    """Return what the last usage in `recent`, the end of an answer, tells: {"input": n, "output":
+    n}, or less; and what it does not, as the first one in `first`, the beginning, has it.
 
     In a JSON string the quotes would be escaped: a model cannot write a usage into its text.
     """
-    at = data.rfind(b'"usage"')
-    while at >= 0 and not USAGE.match(data, at):
-        at = data.rfind(b'"usage"', 0, at)
-    told = TOKENS.findall(data, at, at + USAGE_BYTES) if at >= 0 else ()
+    at, begun = recent.rfind(b'"usage"'), USAGE.search(first, 0, USAGE_BYTES)
+    while at >= 0 and not USAGE.match(recent, at):
+        at = recent.rfind(b'"usage"', 0, at)
+    told = TOKENS.findall(recent, at, at + USAGE_BYTES) if at >= 0 else []
+    if begun and (begun.start() != at or first is not recent):
+        told += TOKENS.findall(first, begun.start(), begun.start() + USAGE_BYTES)
     return {"input" if name in (b"prompt", b"input") else "output": int(count)
             for name, count in reversed(told)}  # what is behind the usage does not count
 
@@ -609,8 +624,9 @@ FIRST_TOKEN = (.001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5,
                120, 300, 600)
 OVERHEAD = (.00005, .0001, .0002, .0005, .001, .002, .005, .01, .02, .05, .1, .2, .5, 1)
 REPEATABLE = frozenset("/v1/" + name for name in (  # POSTs that change nothing on the backend
-    "chat/completions", "completions", "embeddings", "moderations", "rerank", "score", "classify",
-    "tokenize", "detokenize", "audio/speech", "audio/transcriptions", "audio/translations"))
+    "chat/completions", "completions", "messages", "embeddings", "pooling", "moderations", "rerank",
+    "score", "classify", "tokenize", "detokenize", "messages/count_tokens", "images/generations",
+    "audio/speech", "audio/transcriptions", "audio/translations"))
 OPERATIONS = dict.fromkeys(REPEATABLE, "other") | {
     "/v1/chat/completions": "chat", "/v1/completions": "text_completion",
     "/v1/embeddings": "embeddings", "/v1/responses": "chat", "/v1/messages": "chat"}
@@ -826,7 +842,7 @@ IDLE_SECONDS = 4        # uvicorn, and so vLLM, closes an idle connection after 
 RECEIVE_BYTES = 65_536  # one read; larger ones cost more to allocate than they save in calls
 MAX_BACK_OFF = 30       # seconds, doubled from 1, that a failing backend is left alone
 MAX_RETRY_AFTER = 300   # seconds that a backend may ask for
-MAX_LIST_PIECES = 64    # of a list of models, each of up to RECEIVE_BYTES
+MAX_GATHERED = 64       # pieces of a list of models, or of an error, of up to RECEIVE_BYTES each
 BUSY = frozenset((502, 503, 504, 508))  # it, or one behind it, cannot answer now: another may
 
 # `rest` is what of the body came with the head, `whole` tells that this is all of it; `pieces`
@@ -965,7 +981,7 @@ class Pool(urllib.request.BaseHandler):
                 connection.set_tunnel(host, headers=login)
             connection.connect()
         except (OSError, http.client.HTTPException, ValueError) as error:
-            why = str(error).encode("unicode_escape").decode()  # a proxy may have chosen its words
+            why = ascii(str(error))[1:-1]  # a proxy may have chosen its words
             raise Unreachable(f"the backend {scheme}://{host} cannot be reached"
                               f"{' by its proxy' if proxy else ''}: {why}; is it running?"
                               " BACKEND_URL right?") from None
@@ -1021,15 +1037,14 @@ class Pool(urllib.request.BaseHandler):
         """Yield a response's body, of which `data` has come; see Response. Pieces may be empty."""
         body = Body(head.length)
         while True:
-            try:
-                piece = body.feed(data)
-            except Malformed as error:
-                raise Broken(f"the backend broke HTTP: {error.message}") from None
-            if body.done:
-                self.release(request, not body.rest)
+            piece = body.feed(data)
+            if body.done or body.malformed:
+                self.release(request, body.done and not body.rest)
             yield piece
             if body.done:
                 return
+            if body.malformed:
+                raise Broken("the backend broke HTTP: its body's chunks are malformed")
             data = link.receive(request.flags)
             if data == b"" and head.length == UNTIL_CLOSE and not request.cancelled:
                 return
@@ -1075,10 +1090,11 @@ class Backend:
 
     `models` are the cards of /v1/models, JSON texts by id, or None if they are not known. While
     `up` is false, nothing is sent before `retry_at`, and then one request, until `trial_until`.
-    `silent`: its last probe had no answer in time. Changed under Backends' lock.
+    `silent`: its last probe had no answer in time. `lost`: it could not be reached, or a probe saw
+    it fail; so a probe can tell that it is back. Changed under Backends' lock.
     """
 
-    up, silent, models, probing, probed = True, False, None, None, False
+    up, silent, lost, models, probing, probed = True, False, False, None, None, False
     back_off, retry_at, trial_until, probe_at, in_flight, turn = 0, 0.0, 0.0, 0.0, 0, 0
 
     def __init__(self, url):
@@ -1094,6 +1110,16 @@ class Backend:
         """Send it nothing for a time that doubles."""
         self.up, self.back_off = False, min(max(2 * self.back_off, 1), MAX_BACK_OFF)
         self.retry_at = now + self.back_off
+
+
+def retry_after(head):
+    """Return how many seconds a busy backend asks to be left alone (RFC 9110, 10.2.3), or 0."""
+    asked = head.index.get(b"retry-after", b"").decode("latin-1")
+    with suppress(ValueError):
+        seconds = int(asked[:9]) if asked.isdecimal() else (
+            parsedate_to_datetime(asked).timestamp() - time.time())
+        return min(max(seconds, 0), MAX_RETRY_AFTER) if head.status == 503 else 0
+    return 0
 
 
 def model_cards(body):
@@ -1123,12 +1149,11 @@ class Backends:
         What was sent decides, and the class of the failure proves it. A backend that could not be
         reached has not seen the request: the next one gets it. If one broke, or answered 429 or
         BUSY, one other gets it, if it may be repeated. A time-out is final: the backend may be at
-        work. Of what came back, the last stands; a body that did not come with its head is then
-        not waited for.
+        work. Of what came back, the last answer stands, else the last failure.
         """
         tried, final, left, only_free = [], None, 2 if request.repeatable else 1, False
         while left and self._choose(request, tried, only_free):
-            self.pool.close(request)
+            final = self._gather(request, final)
             tried.append(request.backend)
             try:
                 final = self._try(request, record)
@@ -1139,23 +1164,36 @@ class Backends:
                 final = final or error
                 continue
             except Broken as error:
-                final, only_free = error, False
+                final, only_free = final if isinstance(final, Response) else error, False
             left -= 1
         record.backend = final.backend.url
-        if isinstance(final, Response) and (final.whole or request.link):
+        if isinstance(final, Response):
             return final
         try:
-            if isinstance(final, Response):
-                pause = b"".join(b"%b: %b\r\n" % field for field in final.head.index.items()
-                                 if field[0] in (b"retry-after", b"retry-after-ms"))
-                raise APIError(final.head.status, "backend_error", "the backend cannot answer now,"
-                               " and no other one can be reached; try again", fields=pause)
             if isinstance(final, Unreachable) and len(self.all) > 1:
                 raise APIError(503, "no_healthy_backend", "none of the backends for this request"
                                " can be reached; try again", fields=b"Retry-After: 1\r\n")
             raise final
         finally:
             del final  # an error holds this frame, and would be held by it, with the request's body
+
+    def _gather(self, request, final):
+        """Free the request for another try; return what came of the last one, an answer whole."""
+        link = request.link
+        if isinstance(final, Response) and not final.whole:
+            try:
+                link.patience = 1  # second: the next backend waits
+                set_timeouts(link.sock, link.patience, link.patience)
+                pieces = [*itertools.islice(filter(None, final.pieces), MAX_GATHERED)]
+                if len(pieces) == MAX_GATHERED:
+                    raise Broken("the backend's answer was an error, and endless")
+                body = b"".join(pieces)
+                head = final.head._replace(length=len(body))
+                final = Response(final.backend, head, body, True, (body,))
+            except BackendError as error:
+                error.backend, final = final.backend, error
+        self.pool.close(request)
+        return final
 
     def _choose(self, request, tried, only_free):
         """Direct the request to the backend to try next, and return whether there is one.
@@ -1193,17 +1231,15 @@ class Backends:
             status = answer.head.status
             outcome = f"{status // 100}xx"
             if status in BUSY:
-                wait = answer.head.index.get(b"retry-after", b"") if status == 503 else b""
-                self.failed(backend, f"it answered {status}",
-                            min(int(wait[:9]), MAX_RETRY_AFTER) if wait.isdigit() else 0)
-            elif not backend.up:
+                self.failed(backend, f"it answered {status}", retry_after(answer.head))
+            elif backend.back_off:
                 self.succeeded(backend)
             return answer
         except BackendError as error:
             if request.cancelled:
                 raise ClientGone from None
             error.backend, outcome = backend, error.code
-            self.failed(backend, error.message)
+            self.failed(backend, error.message, lost=isinstance(error, Unreachable))
             raise
         finally:
             record.waited += time.monotonic() - began
@@ -1215,10 +1251,10 @@ class Backends:
         with self._lock:
             request.backend.in_flight -= 1
 
-    def failed(self, backend, why, wait=0):
+    def failed(self, backend, why, wait=0, lost=False):
         """Leave the backend alone for a while, `wait` seconds if it said so."""
         with self._lock:
-            was_up, now = backend.up, time.monotonic()
+            was_up, now, backend.lost = backend.up, time.monotonic(), lost
             if backend.retry_at <= now:
                 backend.leave_alone(now)
             backend.retry_at = max(backend.retry_at, now + wait)
@@ -1226,11 +1262,12 @@ class Backends:
         if was_up:
             note(self.settings, f"backend {backend.url} is down: {why}")
 
-    def succeeded(self, backend):
-        """The backend answers: it is up."""
+    def succeeded(self, backend, proven=True):
+        """The backend is up; if that is not `proven`, a failure still doubles the last back-off."""
         with self._lock:
-            was_up, backend.up, backend.back_off = backend.up, True, 0
+            was_up, backend.up = backend.up, True
             backend.retry_at = backend.trial_until = 0.0
+            backend.back_off = 0 if proven else backend.back_off
         if not was_up:
             note(self.settings, f"backend {backend.url} is up")
 
@@ -1256,24 +1293,26 @@ class Backends:
     def _probe(self, request):
         """Ask a backend which models it serves, and so whether it is up.
 
-        A success counts once its back-off is over, as that of a request. Silence of one that is at
-        work is no failure: some answer nothing while they generate.
+        Where requests failed, a probe's success counts once their back-off is over, and only until
+        the next one. Silence of one that is at work is no failure: some answer nothing while they
+        generate.
         """
         backend = request.backend
         try:
             answer = self.pool.http_open(request)
             backend.silent = False
             if answer.head.status in BUSY:
-                return self.failed(backend, f"it answered {answer.head.status} to a probe")
-            body = b"".join(itertools.islice(answer.pieces, MAX_LIST_PIECES))  # else not known
+                return self.failed(backend, f"it answered {answer.head.status} to a probe",
+                                   retry_after(answer.head), lost=True)
+            body = b"".join(itertools.islice(filter(None, answer.pieces), MAX_GATHERED))
             cards = model_cards(body) if answer.head.status == 200 else None
             backend.models = backend.models if cards is None else cards
-            if backend.retry_at <= time.monotonic():
-                self.succeeded(backend)
+            if backend.lost or backend.retry_at <= time.monotonic():
+                self.succeeded(backend, backend.lost)
         except BackendError as error:
             backend.silent = isinstance(error, BackendTimeout) or request.cancelled
             if not (backend.silent and backend.in_flight):
-                self.failed(backend, error.message)
+                self.failed(backend, error.message, lost=True)
         except ClientGone:  # it was cancelled before it was sent
             pass
         except Exception:
@@ -1559,6 +1598,8 @@ class Handler(BaseHTTPRequestHandler):
             received += len(pieces[-1])
             if received > limit:
                 raise body_too_large(limit)
+            if body.malformed:
+                raise Malformed("the body's chunks are not of the form of RFC 9112, section 7.1")
             if body.done:
                 self.buffer, self.length = body.rest, 0
                 return b"".join(pieces)
@@ -1576,6 +1617,9 @@ class Handler(BaseHTTPRequestHandler):
                               b"Access-Control-Max-Age: 7200\r\n" % (
                                   ", ".join(METHODS).encode(),
                                   index.get(b"access-control-request-headers", b"")))
+        backends = self.server.backends
+        if backends and backends.via in index.get(b"via", b""):  # our own probe, say: without a key
+            raise APIError(508, "loop_detected", "BACKEND_URL leads back to this gateway")
         if self.server.keys and path not in ("/healthz", "/readyz"):  # probes have none
             name = key_name(self.server.keys, index.get(b"authorization", b""))
             if not name:
@@ -1583,7 +1627,7 @@ class Handler(BaseHTTPRequestHandler):
                                " 'Authorization: Bearer KEY'",
                                fields=b"WWW-Authenticate: Bearer\r\n")
             self.record.key = name
-        forwarded = self.server.backends and path.startswith("/v1/")
+        forwarded = backends and path.startswith("/v1/")
         if forwarded and method not in ("CONNECT", "TRACE"):  # about the way, not the end
             return self.forward()
         methods = METHODS if forwarded else self.server.paths.get(path)
@@ -1613,17 +1657,16 @@ class Handler(BaseHTTPRequestHandler):
             self.write_head(200, b"OK", EVENT_FIELDS + self.server.date, UNTIL_CLOSE)
             for _ in self.relay_pieces(echo.events(), events=True):
                 pass
+            self.open_ended = False
             return
         body = echo.completion()
-        record.usage = token_usage(body)
+        record.usage = token_usage(body, body)
         self.reply(200, body)
 
     def forward(self):
         """Answer with what a backend answers."""
         asked, record, backends = self.asked, self.record, self.server.backends
         body, record.asked = self.read_body(), time.monotonic()
-        if backends.via in asked.index.get(b"via", b""):
-            raise APIError(508, "loop_detected", "BACKEND_URL leads back to this gateway")
         if len(backends.all) > 1 and asked.path == "/v1/models" and asked.method in READING and (
                 models := backends.models()):
             return self.reply(200, models)
@@ -1684,10 +1727,10 @@ class Handler(BaseHTTPRequestHandler):
             fields += b"X-Backend-Request-ID: %b\r\n" % theirs
         if b"date" not in index:
             fields += self.server.date
-        events = (index.get(b"content-type", b"").lower().startswith(b"text/event-stream")
-                  and b"content-encoding" not in index)
+        events = index.get(b"content-type", b"").lower().startswith(b"text/event-stream")
         if events:
             fields += b"".join(line for name, line in UNBUFFERED.items() if name not in index)
+        events = events and b"content-encoding" not in index
         length = UNTIL_CLOSE if events and not response.whole else head.length
         if record.method == "HEAD" or head.status in (204, 304):  # tell what a GET would have
             told = index.get(b"content-length", b"") if head.status != 204 else b""
@@ -1695,7 +1738,7 @@ class Handler(BaseHTTPRequestHandler):
         self.write_head(head.status, head.reason, fields, length,
                         response.rest if response.whole else b"")
         if response.whole:
-            record.usage = token_usage(response.rest)
+            record.usage = token_usage(response.rest, response.rest)
             return
         self.steps = self.relay_pieces(
             response.pieces, events, events and head.length == UNTIL_CLOSE)
@@ -1703,11 +1746,14 @@ class Handler(BaseHTTPRequestHandler):
             for _ in self.steps:
                 if events:
                     self.server.streams.lend(self)
+            self.open_ended = False  # it is whole
         except BackendError as error:
             if self.forwarding.cancelled:
                 raise ClientGone from None
             self.server.backends.failed(response.backend, error.message)
             raise
+        finally:
+            self.steps = None  # it holds us, and the request
 
     def relay_pieces(self, pieces, events, unproven=False):
         """Pass each piece of a body on as it comes, and note the usage that its end tells.
@@ -1716,7 +1762,7 @@ class Handler(BaseHTTPRequestHandler):
         whole event is held back: if the backend dies, an error event can follow at a boundary. Of
         an `unproven` one [DONE] alone tells the end.
         """
-        recent, tail, self.at_boundary = bytearray(b"\n"), b"", events
+        first, recent, tail, self.at_boundary = b"", bytearray(b"\n"), b"", events
         for piece in pieces:
             if events:
                 piece = tail + piece
@@ -1729,6 +1775,8 @@ class Handler(BaseHTTPRequestHandler):
                 if self.record.first_piece is None:
                     self.record.first_piece = time.monotonic()
                 self.write_piece(piece)
+                if len(first) < USAGE_BYTES:
+                    first += piece[:USAGE_BYTES]
                 recent += piece
                 del recent[:-USAGE_BYTES]
             yield
@@ -1739,10 +1787,9 @@ class Handler(BaseHTTPRequestHandler):
                          " own log may say why")
         if tail:
             self.write_piece(tail)
-        self.open_ended = False  # it is whole
         if self.chunked:
             self.send(b"0\r\n\r\n")
-        self.record.usage = token_usage(recent)
+        self.record.usage = token_usage(first, recent)
 
     def reply(self, status, body=b"", fields=b"", kind=JSON_TYPE):
         """Answer with a body of our own."""
@@ -1800,9 +1847,13 @@ class Handler(BaseHTTPRequestHandler):
         record, begun = self.record, self.record.first is not None
         record.outcome = error.code
         record.result = "cut" if begun else "failed" if error.status >= 500 else "refused"
-        if not record.request_id:  # the head was not understood; an id in it counts all the same
-            found = LOST_ID.search(self.buffer.partition(b"\r\n\r\n")[0])
-            record.request_id = found[1].decode() if found else next(self.ids)
+        if not record.request_id:  # the head was not understood; some of it counts all the same
+            head = self.buffer.partition(b"\r\n\r\n")[0]
+            index = {name.lower(): value for name, value in LOST.findall(head)}
+            record.request_id = accepted_request_id(index, self.ids)
+            record.method = "HEAD" if head.startswith(b"HEAD ") else "-"  # its reply has no body
+            if self.settings.cors_origins:
+                self.cors = cors_fields(index.get(b"origin"), self.settings.cors_origins)
         with suppress(ClientGone):
             if not begun:
                 return self.reply(error.status, error.body(), error.fields)
@@ -1883,8 +1934,8 @@ class Streams:
         more to be done than that; raises what a step raised.
         """
         request, back = handler.forwarding, SimpleQueue()
-        if not request.link or any(isinstance(sock, ssl.SSLSocket)
-                                   for sock in (request.link.sock, handler.connection)):
+        if not hasattr(select, "epoll") or not request.link or (
+                ssl.SSLSocket in (type(request.link.sock), type(handler.connection))):
             return
         handler.lent, request.flags = True, socket.MSG_DONTWAIT
         taken = self._take(request.link.sock.fileno(), (handler, request.link, back))
@@ -1910,7 +1961,7 @@ class Streams:
                 self._lent[descriptor] = lent
                 with suppress(FileExistsError):  # the step that released the link is not yet over
                     self._epoll.register(descriptor, select.EPOLLIN)
-            except (AttributeError, OSError, RuntimeError):  # no epoll, no descriptor, no thread
+            except (OSError, RuntimeError):  # no descriptor is left, or no thread
                 self._lent.pop(descriptor, None)
                 return False
         return True
@@ -1935,7 +1986,7 @@ class Streams:
 
     def _step(self, descriptor, now):
         handler, link, back = lent = self._lent[descriptor]
-        link.idle_since = now
+        link.idle_since, fault = now, None
         try:
             next(handler.steps)
             if handler.forwarding.link and not handler.unsent:
@@ -1943,16 +1994,14 @@ class Streams:
         except StopIteration:
             pass
         except BaseException as error:
-            return self._give_back(descriptor, lent, error)
-        self._give_back(descriptor, lent)
-
-    def _give_back(self, descriptor, lent, fault=None):
+            fault = error
         with self._lock:
-            if self._lent[descriptor] is lent:  # else the link was released, and is lent again
+            if self._lent.get(descriptor) is lent:  # else the link was released, and is lent again
                 del self._lent[descriptor]
                 with suppress(OSError):  # it is closed
                     self._epoll.unregister(descriptor)
-        lent[2].put(fault)
+        back.put(fault)
+        del fault  # as in Backends.open
 
 
 class Server(ThreadingHTTPServer):
@@ -2105,6 +2154,8 @@ class Server(ThreadingHTTPServer):
         row[places["gateway_requests_in_flight"][()]] = max(len(forwarding) - waiting, 0)
         row[places["gateway_queue_depth"][()]] = waiting
         if self.backends:
+            for backend in self.backends.all:
+                row[places["gateway_backend_up"][backend.url,]] = backend.up
             self.backends.pool.expire()
             self.backends.probe_due()
         if self.supervisor and os.getppid() != self.supervisor:  # it was killed
@@ -2113,10 +2164,11 @@ class Server(ThreadingHTTPServer):
             self.parting.pop(0)[1].close()
 
     def metrics_text(self):
-        """Return the text of /metrics; which backends are up is the view of this worker."""
-        backends = self.backends.all if self.backends else ()
+        """Return the text of /metrics; a backend is up if it is so for every worker."""
+        rows, places = self.metrics.rows, self.metrics.places["gateway_backend_up"]
         return self.metrics.render({("gateway_build_info", __version__): 1} | {
-            ("gateway_backend_up", backend.url): backend.up for backend in backends})
+            ("gateway_backend_up", *key): min(row[place] for row in rows)
+            for key, place in places.items()})
 
     def readiness(self):
         """Return the status and the JSON of /readyz."""
@@ -2321,6 +2373,7 @@ def prepare_descriptors():
 
     The soft limit is often 1,024, and a forwarded request takes two.
     """
+    traceback.format_stack()  # loads what it needs: later there may be no descriptor left for that
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
