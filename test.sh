@@ -6,7 +6,7 @@ case ${PYTHON-} in /*) ;; */*) PYTHON=$PWD/$PYTHON ;; esac
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" || exit 1
 unset PYTHONPATH PYTHONHOME
 work=$(mktemp -d) || exit 1
-failed=0 servers='' running='' half='' # servers: of the test at hand; running: what is waited for
+failed=0 servers='' running='' parts='' # servers: of the test at hand; running: what is waited for
 
 # What is tested gets nothing of the user's environment that could change an answer: no PORT, no
 # BACKEND_URL, no HTTP_PROXY. (LD_LIBRARY_PATH: some CI images' Pythons do not start without it.)
@@ -33,9 +33,9 @@ trap 'exit 129' HUP; trap 'exit 130' INT; trap 'exit 143' TERM
 
 run() { # run COMMAND...: its status. In the background, because traps wait for the foreground;
     set -m # with job control, because without it bash lets the command ignore SIGINT
-    "$@" </dev/null & running="$! $half"
+    "$@" </dev/null & running="$! $parts"
     set +m
-    wait "$!"; set -- $?; running=$half
+    wait "$!"; set -- $?; running=$parts
     return "$1"
 }
 
@@ -183,8 +183,8 @@ find_pytest() { # a Python that has pytest goes to $tester; if need be, .venv is
     run "$tester" -m pip install --quiet --retries 1 --timeout 15 pytest
 }
 
-suite() { # suite PART ARGUMENT...: in the background. Two halves of it run at once, because the
-    # tests wait as long as they compute.
+suite() { # suite PART ARGUMENT...: in the background. Four parts of it run at once, because the
+    # tests wait for longer than they compute.
     exec "${clean[@]}" PART="$1" "$tester" -B -m pytest -p test_gateway $options "${@:2}"
 }
 
@@ -199,11 +199,13 @@ else
         exit $failed
     fi
     set -m
-    suite 1/2 >"$work/half" 2>&1 </dev/null & half=$!
+    for part in 1 2 3; do
+        suite "$part/4" >"$work/part$part" 2>&1 </dev/null & parts+=" $!"
+    done
     set +m
-    run suite 0/2 || failed=1
-    wait "$half" || failed=1
-    cat "$work/half"
+    run suite 0/4 || failed=1
+    for part in $parts; do wait "$part" || failed=1; done
+    cat "$work"/part?
     [ $failed = 0 ] && echo "ok 4 the suite" || echo "FAILED: the suite; see FAILED or ERROR above"
     exit $failed
 fi

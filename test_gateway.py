@@ -4987,6 +4987,38 @@ def test_a_list_of_models_that_is_too_long_is_unknown_and_its_backend_up():
         assert states(port, "up", "models") == [(True, None)]
 
 
+def test_a_list_of_models_is_known_however_small_the_pieces_are_in_which_it_comes():
+    """The line of a chunk's size is no piece of it."""
+    data = models(*"abc").partition(b"\r\n\r\n")[2]
+    def script(played, number):
+        played.request()
+        played.send(CHUNKED_HEAD)
+        for at in range(0, len(data), 6):
+            for part in re.findall(rb".*\r\n|.+", chunked(data[at:at + 6], end=False)):
+                send_in_two(played, part, b"")
+        played.send(b"0\r\n\r\n")
+    with several(script, probe_interval=600) as (port, _):
+        assert states(port, "models") == [([*"abc"],)]
+
+
+def test_out_of_descriptors_each_request_gets_its_error_and_later_ones_are_served():
+    """What Python would load only then (codecs, its own sources) it can no more."""
+    limited = ("bash", "-c", 'ulimit -n 40; exec "$0" "$@"', sys.executable)
+    with PlayedBackend(answers(response())) as backend, contextlib.ExitStack() as stack:
+        with Process("--port=0", f"--backend-url={backend.url}", python=limited) as process:
+            clients = [stack.enter_context(Client(process.port)) for _ in range(60)]
+            eventually(lambda: len(os.listdir(f"/proc/{process.pid}/fd")) == 40)
+            for client in clients[:20]:
+                reply = client.send(TO_CHAT).reply()
+                assert (reply.status, reply.error()["code"]) == (502, "backend_unreachable")
+                assert is_new(reply.one("x-request-id"))
+            for client in clients[5:]:
+                client.vanish()
+            for client in clients[:5]:
+                eventually(lambda: client.send(TO_CHAT).reply().status == 200)
+            assert "Traceback" not in process.log
+
+
 def test_done_behind_a_long_event_whose_end_came_in_two_ends_its_stream():
     go = threading.Semaphore(0)
     def script(played, number):
