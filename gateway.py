@@ -660,30 +660,15 @@ FAMILIES = {  # name: (help, labels and their values, upper bounds of a histogra
         " backend and for its turn.", {}, OVERHEAD),
     "gateway_build_info": ("1, with the version.", {"version": (__version__,)}, ())}
 PLAIN = re.compile(r"[!#-\[\]-~]+")
-LOG_LINES, LOG_SECONDS, PIPE_BUF = 8, 0.01, getattr(select, "PIPE_BUF", 512)
-log_lines, log_lock, log_time = [], threading.Lock(), 0.0
+SETTLED, SETTLE_SECONDS, PIPE_BUF = 8, 0.01, getattr(select, "PIPE_BUF", 512)
+log_lock = threading.Lock()
 
 
-def log(line):
-    """Write a line to stderr: at once, or if the last write was just now, together with the next.
-
-    A write for each took 7% of a request's time, and 13% at 128 connections, where it hands the GIL
-    on. What is left over is written by the sweep, within a tenth of a second.
-    """
-    log_lines.append(line.encode("ascii", "backslashreplace") + b"\n")
-    if len(log_lines) >= LOG_LINES or time.monotonic() - log_time > LOG_SECONDS:
-        flush_log()
-
-
-def flush_log():
-    """Write the lines that wait, no more at once than a pipe takes without mixing processes'."""
-    global log_time
-    log_time = time.monotonic()
+def log(*lines):
+    """Write lines to stderr, no more at once than a pipe takes without mixing processes'."""
+    data = [line.encode("ascii", "backslashreplace") + b"\n" for line in lines]
     with log_lock, suppress(OSError):  # a closed stderr is no reason to fail a request
-        lines = log_lines[:]
-        del log_lines[:len(lines)]
-        text = b"".join(lines)
-        for part in [text] if len(text) <= PIPE_BUF else lines:
+        for part in [b"".join(data)] if sum(map(len, data)) <= PIPE_BUF else data:
             os.write(2, part)
 
 
@@ -693,17 +678,15 @@ def whole_seconds(now):
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
 
 
-def timestamp():
-    """Return the time with milliseconds."""
-    now = time.time()
+def timestamp(now):
+    """Return a time with milliseconds."""
     return f"{whole_seconds(int(now))}.{int(now % 1 * 1000):03}Z"
 
 
 def note(settings, text):
     """Write a line that is about no request."""
-    form = {"time": timestamp(), "message": text}
+    form = {"time": timestamp(time.time()), "message": text}
     log(json.dumps(form) if settings.log_format == "json" else " ".join(form.values()))
-    flush_log()
 
 
 def note_internal_error(settings, where):
@@ -722,7 +705,8 @@ class Record:
     `result` is the outcome in five words: ok (whatever the status), refused (by us, 4xx), failed
     (5xx), cut, or client_closed. In seconds: `first` and `first_piece` are when the reply and its
     streamed body began, `asked` when the request had been read, `waited` is how long others kept
-    it waiting. `tries` are the backends that were tried, each with its outcome.
+    it waiting. `tries` are the backends that were tried, each with its outcome; `answer` is the
+    beginning and the end of what came, in which the usage is sought.
     """
 
     LOGGED = ("time", "request_id", "trace_id", "client", "key", "method", "path", "status",
@@ -730,15 +714,19 @@ class Record:
     request_id = ""  # none is known yet; "-" would be a valid one
     method = path = model = backend = key = trace_id = "-"
     outcome = result = "ok"
-    stream, usage, tries, status, bytes, waited = False, {}, (), 0, 0, 0
+    stream, answer, tries, status, bytes, waited = False, None, (), 0, 0, 0
     first = first_piece = asked = None
 
     def __init__(self, client):
         self.began, self.client = time.monotonic(), client
 
+    def end(self):
+        """Note that the request has ended."""
+        self.ended, self.duration_ms = time.time(), (time.monotonic() - self.began) * 1000
+
     def line(self, form):
-        """End the record and return its line for the log."""
-        self.time, self.duration_ms = timestamp(), (time.monotonic() - self.began) * 1000
+        """Return the line for the log."""
+        self.time = timestamp(self.ended)
         self.first_byte_ms = self.first and (self.first - self.began) * 1000
         self.method, self.path = self.method[:32], self.path[:256]  # one write to a pipe: 4,096
         if form == "json":
@@ -779,27 +767,26 @@ class Metrics:
             self.row[place + 1 + bisect_left(bounds, value)] += 1
 
     def count(self, record):
-        """Count a request that has ended."""
+        """Count a request that has ended. Hold the lock."""
         add, tries = self.add, record.tries
         operation = OPERATIONS.get(record.path) if record.method == "POST" else None
-        with self.lock:
-            add("gateway_requests_total", 1, STATUSES.get(record.status, "other"), record.result)
-            if record.result == "client_closed":
-                add("gateway_client_disconnects_total", 1)
-            for backend, outcome in tries:
-                add("gateway_backend_requests_total", 1, backend, outcome)
-            if len(tries) > 1:
-                add("gateway_retries_total", len(tries) - 1)
-            if record.first and tries:
-                add("gateway_overhead_seconds", record.first - record.asked - record.waited)
-            if not operation:
-                return
-            add("gen_ai_server_request_duration_seconds", record.duration_ms / 1000, operation)
-            if record.stream and record.first_piece and record.status == 200:
-                add("gen_ai_server_time_to_first_token_seconds",
-                    record.first_piece - record.began, operation)
-            for kind, tokens in record.usage.items():
-                add("gen_ai_client_token_usage", tokens, kind)
+        add("gateway_requests_total", 1, STATUSES.get(record.status, "other"), record.result)
+        if record.result == "client_closed":
+            add("gateway_client_disconnects_total", 1)
+        for backend, outcome in tries:
+            add("gateway_backend_requests_total", 1, backend, outcome)
+        if len(tries) > 1:
+            add("gateway_retries_total", len(tries) - 1)
+        if record.first and tries:
+            add("gateway_overhead_seconds", record.first - record.asked - record.waited)
+        if not operation:
+            return
+        add("gen_ai_server_request_duration_seconds", record.duration_ms / 1000, operation)
+        if record.stream and record.first_piece and record.status == 200:
+            add("gen_ai_server_time_to_first_token_seconds",
+                record.first_piece - record.began, operation)
+        for kind, tokens in token_usage(*record.answer).items() if record.answer else ():
+            add("gen_ai_client_token_usage", tokens, kind)
 
     def render(self, gauges):
         """Return Prometheus' text 0.0.4 of all workers' sums, and of `gauges`, this worker's."""
@@ -826,6 +813,39 @@ class Metrics:
 def sample(name, labels, value):
     """Return one line of Prometheus' text format."""
     return f"{name}{{{','.join(labels)}}} {value:.12g}" if labels else f"{name} {value:.12g}"
+
+
+class Ledger:
+    """The requests that have `ended` and are not yet counted, and the `lines` that are not written.
+
+    Several at once take less, for code that has just run runs faster: at 16 connections a request
+    took 85 us of CPU and takes 77. A connection that is alone, or ends, is done with at once. A
+    write for each took 7% of a request, and 13% at 128 connections, where it hands on the GIL.
+    """
+
+    def __init__(self, settings, metrics):
+        self.ended, self.lines, self._settled = [], [], 0.0
+        self._form, self._metrics = settings.log_format, metrics
+
+    def enter(self, record, alone):
+        """Take a request that has ended."""
+        self.ended.append(record)
+        due = time.monotonic() - self._settled > SETTLE_SECONDS
+        if due or alone or len(self.ended) >= SETTLED:
+            self.settle(due)
+
+    def settle(self, due=True):
+        """Count what has ended; write its lines, if it is time to, or they are many."""
+        with self._metrics.lock:
+            records, lines = self.ended[:], ()
+            del self.ended[:len(records)]
+            for record in records:
+                self._metrics.count(record)
+                self.lines.append(record.line(self._form))
+            if due or len(self.lines) >= SETTLED:
+                lines, self.lines, self._settled = self.lines, [], time.monotonic()
+        if lines:
+            log(*lines)
 
 
 # == 5. Backends ===================================================================================
@@ -1153,7 +1173,7 @@ class Backends:
         """
         tried, final, left, only_free = [], None, 2 if request.repeatable else 1, False
         while left and self._choose(request, tried, only_free):
-            final = self._gather(request, final)
+            final = final and self._gather(request, final)
             tried.append(request.backend)
             try:
                 final = self._try(request, record)
@@ -1476,6 +1496,7 @@ class Handler(BaseHTTPRequestHandler):
         reply (9.6), were it an empty line. So say that no more comes, and discard for a while what
         it sends.
         """
+        self.server.ledger.settle(due=False)
         deadline = time.monotonic() + LINGER_SECONDS
         if self.connection is not self.request and not self.open_ended:
             with suppress(OSError, ValueError):  # tell TLS that this is the end (RFC 8446, 6.1)
@@ -1516,9 +1537,8 @@ class Handler(BaseHTTPRequestHandler):
             self.fail(APIError(500, "internal_error", "the gateway failed; its log says why"))
         finally:
             self.forwarding = None
-            line = record.line(self.settings.log_format)
-            self.server.metrics.count(record)
-            log(line)
+            record.end()
+            self.server.ledger.enter(record, len(self.server.connections) == 1)
 
     def receive_first(self):
         """Wait for a request to begin, behind any empty lines (2.2); return whether one did.
@@ -1660,7 +1680,7 @@ class Handler(BaseHTTPRequestHandler):
             self.open_ended = False
             return
         body = echo.completion()
-        record.usage = token_usage(body, body)
+        record.answer = body, body
         self.reply(200, body)
 
     def forward(self):
@@ -1738,7 +1758,7 @@ class Handler(BaseHTTPRequestHandler):
         self.write_head(head.status, head.reason, fields, length,
                         response.rest if response.whole else b"")
         if response.whole:
-            record.usage = token_usage(response.rest, response.rest)
+            record.answer = response.rest, response.rest
             return
         self.steps = self.relay_pieces(
             response.pieces, events, events and head.length == UNTIL_CLOSE)
@@ -1789,7 +1809,7 @@ class Handler(BaseHTTPRequestHandler):
             self.write_piece(tail)
         if self.chunked:
             self.send(b"0\r\n\r\n")
-        self.record.usage = token_usage(first, recent)
+        self.record.answer = first, recent
 
     def reply(self, status, body=b"", fields=b"", kind=JSON_TYPE):
         """Answer with a body of our own."""
@@ -2018,6 +2038,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, settings):
         self.settings, self.connections, self.parting = settings, {}, []
         self.metrics = Metrics(settings.workers, settings.backend_url)
+        self.ledger = Ledger(settings, self.metrics)
         self.loads = memoryview(mmap.mmap(-1, 8 * settings.workers)).cast("q")
         self.backends = Backends(settings) if settings.backend_url else None
         self.admission = Admission(settings.max_concurrent_requests, settings.queue_timeout)
@@ -2110,7 +2131,8 @@ class Server(ThreadingHTTPServer):
                         " connection; try again, or raise MAX_CONNECTIONS").body()
         refusal = Record(client_address[0])  # counted; a line of the log could hold this thread up
         refusal.status, refusal.result = 503, "failed"
-        self.metrics.count(refusal)
+        with self.metrics.lock:
+            self.metrics.count(refusal)
         with suppress(OSError):
             request.setblocking(False)
             if not self.tls:  # no handshake is done here
@@ -2141,9 +2163,9 @@ class Server(ThreadingHTTPServer):
         """Cancel what is forwarded for clients that have gone; close what is due to be closed."""
         self.next_sweep = time.monotonic() + SWEEP_SECONDS
         self.date = f"Date: {formatdate(usegmt=True)}\r\n".encode()
-        if log_lines and not log_lock.locked():  # who reads stderr may stall: not this thread
+        if (self.ledger.ended or self.ledger.lines) and not log_lock.locked():  # stderr may stall
             with suppress(RuntimeError):
-                start_new_thread(flush_log, ())
+                start_new_thread(self.ledger.settle, ())
         forwarding = {handler.connection.fileno(): request
                       for handler in list(self.connections.values()) if handler
                       and (request := handler.forwarding)
@@ -2165,6 +2187,7 @@ class Server(ThreadingHTTPServer):
 
     def metrics_text(self):
         """Return the text of /metrics; a backend is up if it is so for every worker."""
+        self.ledger.settle()
         rows, places = self.metrics.rows, self.metrics.places["gateway_backend_up"]
         return self.metrics.render({("gateway_build_info", __version__): 1} | {
             ("gateway_backend_up", *key): min(row[place] for row in rows)
@@ -2252,15 +2275,13 @@ def bind_to_processor(number):
         os.sched_setaffinity(0, {allowed[number % len(allowed)]})
 
 
-def end_at_once(number, _):
-    """End as a second signal asks; what waits to be logged is written, if nobody is writing."""
-    if not log_lock.locked():
-        flush_log()
-    os._exit(128 + number)
-
-
 def work(server):
     """Serve until told to stop, and drain; return the exit status."""
+    def end_at_once(number, _):
+        if not log_lock.locked():  # else who reads stderr has stalled
+            server.ledger.settle()
+        os._exit(128 + number)
+
     if server.settings.cpu_affinity:  # the process id: so that not all gateways take the first
         bind_to_processor((server.supervisor or os.getpid()) + server.number)
     schedule("SCHED_BATCH")
@@ -2279,7 +2300,7 @@ def work(server):
     if not server.drain(server.settings.shutdown_timeout):
         note(server.settings,
              f"{len(server.connections)} connections were cut off; SHUTDOWN_TIMEOUT")
-    flush_log()
+    server.ledger.settle()
     return 0
 
 
