@@ -171,10 +171,9 @@ def read_settings(argv, environ):
     `listen_fd` is the descriptor of a socket that systemd passed on (sd_listen_fds), or None.
     """
     parser = argparse.ArgumentParser(
-        prog="gateway.py", usage=argparse.SUPPRESS,  # so that an error is one line
+        prog="gateway.py", usage=argparse.SUPPRESS, allow_abbrev=False, exit_on_error=False,
         description=__doc__.partition("\n\nThe path")[0], epilog=f"Try it:\n  {EXAMPLE}",
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        exit_on_error=False)
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"gateway.py {__version__}")
     for name, parse, default, text in KNOBS:
         variable, flag = name.upper(), "--" + name.replace("_", "-")
@@ -1641,12 +1640,7 @@ class Handler(BaseHTTPRequestHandler):
         if backends and backends.via in index.get(b"via", b""):  # our own probe, say: without a key
             raise APIError(508, "loop_detected", "BACKEND_URL leads back to this gateway")
         if self.server.keys and path not in ("/healthz", "/readyz"):  # probes have none
-            name = key_name(self.server.keys, index.get(b"authorization", b""))
-            if not name:
-                raise APIError(401, "invalid_api_key", "send a valid key of this gateway:"
-                               " 'Authorization: Bearer KEY'",
-                               fields=b"WWW-Authenticate: Bearer\r\n")
-            self.record.key = name
+            self.authenticate()
         forwarded = backends and path.startswith("/v1/")
         if forwarded and method not in ("CONNECT", "TRACE"):  # about the way, not the end
             return self.forward()
@@ -1668,6 +1662,14 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(200, self.server.metrics_text(), kind=METRICS_TYPE)
         else:
             self.echo(parse_json(self.read_body()))
+
+    def authenticate(self):
+        """Note whose key the request bears; raises 401 if it is nobody's."""
+        name = key_name(self.server.keys, self.asked.index.get(b"authorization", b""))
+        if not name:
+            raise APIError(401, "invalid_api_key", "send a valid key of this gateway:"
+                           " 'Authorization: Bearer KEY'", fields=b"WWW-Authenticate: Bearer\r\n")
+        self.record.key = name
 
     def echo(self, asked):
         """Answer a chat completion request by ourselves."""
