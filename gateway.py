@@ -659,7 +659,7 @@ FAMILIES = {  # name: (help, labels and their values, upper bounds of a histogra
         " backend and for its turn.", {}, OVERHEAD),
     "gateway_build_info": ("1, with the version.", {"version": (__version__,)}, ())}
 PLAIN = re.compile(r"[!#-\[\]-~]+")
-SETTLED, SETTLE_SECONDS, PIPE_BUF = 8, 0.01, getattr(select, "PIPE_BUF", 512)
+SETTLED, SETTLE_SECONDS, PIPE_BUF = 12, 0.01, getattr(select, "PIPE_BUF", 512)
 log_lock = threading.Lock()
 
 
@@ -2148,7 +2148,7 @@ class Server(ThreadingHTTPServer):
     def shutdown_request(self, request):
         self.connections.pop(request, None)
         self.loads[self.number] = len(self.connections)
-        super().shutdown_request(request)
+        self.close_request(request)  # the Handler has said that no more comes
 
     def handle_error(self, request, client_address):
         """Log what escaped a Handler, as one write."""
