@@ -183,7 +183,7 @@ def read_settings(argv, environ):
     try:
         settings, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
-        flag = error.argument_name
+        flag = error.argument_name.rpartition("/")[2]  # -h/--help
         parser.error(f"{flag[2:].replace('-', '_').upper()} ({flag}): {error.message}")
     if unknown:  # all but the name of a flag may be a secret
         name = re.match("(--[^=]*)?", unknown[0])[0] or "..."
@@ -219,7 +219,7 @@ def read_secrets(settings):
             why = getattr(error, "strerror", None) or error  # without the path: it may be a key
             raise ValueError(f"{name.upper()}: {why}") from None
     return (settings.api_keys + read("api_keys_file", lambda text: named_keys(
-        re.sub("(?m)^[ \t]*#.*", "", text), "\n"), []),
+        re.sub("(?m)^[ \t]*#.*", "", text) + "\n", "\n"), []),
             read("backend_api_key_file", secret, settings.backend_api_key))
 
 
@@ -748,7 +748,7 @@ class Metrics:
     """
 
     def __init__(self, workers, backends):
-        self.places, self.lock, width = {}, threading.Lock(), 0
+        self.places, self.lock, width = {}, threading.RLock(), 0  # of a signal's handler too
         for family, (_, labels, bounds) in FAMILIES.items():
             self.places[family] = places = {}
             for key in itertools.product(*(values or backends for values in labels.values())):
@@ -824,7 +824,7 @@ class Ledger:
 
     def __init__(self, settings, metrics):
         self.ended, self.lines, self._settled = [], [], 0.0
-        self._form, self._metrics = settings.log_format, metrics
+        self._form, self._metrics, self._writing = settings.log_format, metrics, threading.RLock()
 
     def enter(self, record, alone):
         """Take a request that has ended."""
@@ -833,18 +833,25 @@ class Ledger:
         if due or alone or len(self.ended) >= SETTLED:
             self.settle(due)
 
-    def settle(self, due=True):
-        """Count what has ended; write its lines, if it is time to, or they are many."""
+    def count(self):
+        """Count what has ended."""
         with self._metrics.lock:
-            records, lines = self.ended[:], ()
+            records = self.ended[:]
             del self.ended[:len(records)]
             for record in records:
                 self._metrics.count(record)
                 self.lines.append(record.line(self._form))
-            if due or len(self.lines) >= SETTLED:
-                lines, self.lines, self._settled = self.lines, [], time.monotonic()
-        if lines:
-            log(*lines)
+                record.answer = None  # an idle connection keeps its last record
+
+    def settle(self, due=True):
+        """Count what has ended; write its lines, if it is time to, or they are many."""
+        self.count()
+        if due or len(self.lines) >= SETTLED:
+            with self._writing:  # who comes to the end of a drain waits for what others write
+                with self._metrics.lock:
+                    lines, self.lines, self._settled = self.lines, [], time.monotonic()
+                if lines:
+                    log(*lines)
 
 
 # == 5. Backends ===================================================================================
@@ -861,7 +868,9 @@ IDLE_SECONDS = 4        # uvicorn, and so vLLM, closes an idle connection after 
 RECEIVE_BYTES = 65_536  # one read; larger ones cost more to allocate than they save in calls
 MAX_BACK_OFF = 30       # seconds, doubled from 1, that a failing backend is left alone
 MAX_RETRY_AFTER = 300   # seconds that a backend may ask for
-MAX_GATHERED = 64       # pieces of a list of models, or of an error, of up to RECEIVE_BYTES each
+MAX_LIST_PIECES = 64    # of a list of models, each of up to RECEIVE_BYTES
+MAX_GATHERED = 1 << 20  # bytes of a failing answer, and
+GATHER_SECONDS = 1      # for them to come before another backend is asked
 BUSY = frozenset((502, 503, 504, 508))  # it, or one behind it, cannot answer now: another may
 
 # `rest` is what of the body came with the head, `whole` tells that this is all of it; `pieces`
@@ -1133,11 +1142,11 @@ class Backend:
 
 def retry_after(head):
     """Return how many seconds a busy backend asks to be left alone (RFC 9110, 10.2.3), or 0."""
-    asked = head.index.get(b"retry-after", b"").decode("latin-1")
-    with suppress(ValueError):
+    asked = head.index.get(b"retry-after", b"").decode("latin-1") if head.status == 503 else ""
+    with suppress(ValueError, OverflowError):
         seconds = int(asked[:9]) if asked.isdecimal() else (
             parsedate_to_datetime(asked).timestamp() - time.time())
-        return min(max(seconds, 0), MAX_RETRY_AFTER) if head.status == 503 else 0
+        return min(max(seconds, 0), MAX_RETRY_AFTER)
     return 0
 
 
@@ -1183,7 +1192,8 @@ class Backends:
                 final = final or error
                 continue
             except Broken as error:
-                final, only_free = final if isinstance(final, Response) else error, False
+                final = error if final is None or isinstance(final, BackendError) else final
+                only_free = False
             left -= 1
         record.backend = final.backend.url
         if isinstance(final, Response):
@@ -1197,20 +1207,29 @@ class Backends:
             del final  # an error holds this frame, and would be held by it, with the request's body
 
     def _gather(self, request, final):
-        """Free the request for another try; return what came of the last one, an answer whole."""
-        link = request.link
+        """Free the request for another try; return what came of the last one. An answer gets its
+        body, if that comes in time; else it becomes an error that tells what its head told.
+        """
         if isinstance(final, Response) and not final.whole:
+            head, body, deadline = final.head, bytearray(), time.monotonic() + GATHER_SECONDS
             try:
-                link.patience = 1  # second: the next backend waits
-                set_timeouts(link.sock, link.patience, link.patience)
-                pieces = [*itertools.islice(filter(None, final.pieces), MAX_GATHERED)]
-                if len(pieces) == MAX_GATHERED:
-                    raise Broken("the backend's answer was an error, and endless")
-                body = b"".join(pieces)
-                head = final.head._replace(length=len(body))
-                final = Response(final.backend, head, body, True, (body,))
-            except BackendError as error:
-                error.backend, final = final.backend, error
+                for piece in final.pieces:
+                    body += piece
+                    left = deadline - time.monotonic()
+                    if len(body) > MAX_GATHERED or left <= 0:
+                        raise BackendTimeout("the rest of its answer is not waited for")
+                    if request.link:  # it is not yet whole
+                        request.link.patience = left
+                        set_timeouts(request.link.sock, left, left)
+                answer = final._replace(head=head._replace(length=len(body)), rest=bytes(body),
+                                        whole=True)
+            except BackendError:
+                answer = APIError(head.status, "backend_error", "the backend cannot answer now, and"
+                                  " no other one can; try again", fields=b"".join(
+                                      b"%b: %b\r\n" % field for field in head.index.items()
+                                      if field[0] in (b"retry-after", b"retry-after-ms")))
+                answer.backend = final.backend
+            final = answer
         self.pool.close(request)
         return final
 
@@ -1322,8 +1341,8 @@ class Backends:
             backend.silent = False
             if answer.head.status in BUSY:
                 return self.failed(backend, f"it answered {answer.head.status} to a probe",
-                                   retry_after(answer.head), lost=True)
-            body = b"".join(itertools.islice(filter(None, answer.pieces), MAX_GATHERED))
+                                   retry_after(answer.head), backend.up or backend.lost)
+            body = b"".join(itertools.islice(filter(None, answer.pieces), MAX_LIST_PIECES))
             cards = model_cards(body) if answer.head.status == 200 else None
             backend.models = backend.models if cards is None else cards
             if backend.lost or backend.retry_at <= time.monotonic():
@@ -1331,7 +1350,8 @@ class Backends:
         except BackendError as error:
             backend.silent = isinstance(error, BackendTimeout) or request.cancelled
             if not (backend.silent and backend.in_flight):
-                self.failed(backend, error.message, lost=True)
+                self.failed(backend, error.message, lost=(
+                    backend.up or backend.lost or isinstance(error, Unreachable)))
         except ClientGone:  # it was cancelled before it was sent
             pass
         except Exception:
@@ -1760,7 +1780,7 @@ class Handler(BaseHTTPRequestHandler):
         self.write_head(head.status, head.reason, fields, length,
                         response.rest if response.whole else b"")
         if response.whole:
-            record.answer = response.rest, response.rest
+            record.answer = response.rest, response.rest[-RECEIVE_BYTES:]
             return
         self.steps = self.relay_pieces(
             response.pieces, events, events and head.length == UNTIL_CLOSE)
@@ -2189,7 +2209,7 @@ class Server(ThreadingHTTPServer):
 
     def metrics_text(self):
         """Return the text of /metrics; a backend is up if it is so for every worker."""
-        self.ledger.settle()
+        self.ledger.count()
         rows, places = self.metrics.rows, self.metrics.places["gateway_backend_up"]
         return self.metrics.render({("gateway_build_info", __version__): 1} | {
             ("gateway_backend_up", *key): min(row[place] for row in rows)
