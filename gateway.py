@@ -14,10 +14,10 @@ The path of a request; read the sections in order, or from here:
             forward -> Admission.enter       a place, or a wait for one
                 Backends.open                for each backend that may answer: urllib's opener
                     Pool.http_open           take or dial a link, send, read the response's head
-                relay                        pieces as they come; a cut one never ends as a whole
+                relay -> Streams.lend        pieces as they come; a cut one never ends as a whole
         except APIError -> fail              OpenAI's error JSON, an error event, or a cut
         except ClientGone                    the link is closed, which makes the backend stop
-        finally                              one line in the log, all metrics
+        finally -> Ledger.enter              one line in the log, all metrics
 
 What it will not do: change a body, translate between APIs, store anything, or speak HTTP/2.
 """
@@ -71,7 +71,7 @@ if sys.version_info < (3, 13):
 KEY = re.compile(r"(?![A-Za-z0-9_.-]+=$)(?:([A-Za-z0-9_.-]{1,64})=(?==*[^=]))?([!-~]+)")
 URL = re.compile(r"(https?://(?:[\w.-]*\w\.?|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?)"
                  r"(/[!$-;=A-\[\]-~]*)?", re.ASCII | re.IGNORECASE)
-refused = argparse.ArgumentTypeError  # of a parser: argparse puts the setting's name before it
+refused = argparse.ArgumentTypeError  # of a parser: read_settings puts the name before it
 
 
 def number(kind, low, high):
@@ -111,7 +111,7 @@ def backend_url(text):
 
 
 def named_keys(text, between=","):
-    """Parse keys to (name, key) pairs; raises if there is none."""
+    """Parse keys with `between` between them to (name, key) pairs; raises if a text has none."""
     items = [item.strip() for item in text.split(between)]
     matches = [KEY.fullmatch(item) for item in items if item]
     if text and not (matches and all(matches)):
@@ -309,12 +309,6 @@ class ClientGone(Exception):
     """The client closed its connection, or takes nothing more: nobody is left to answer."""
 
 
-def body_too_large(limit):
-    """Return the error for a body of more than so many bytes."""
-    return APIError(413, "request_too_large", f"a body may have {limit} bytes (MAX_BODY_BYTES);"
-                    " send less")
-
-
 # == 3. HTTP rules =================================================================================
 # Pure functions of bytes; sections are of RFC 9112 where none other is named. A head is taken only
 # if each line of it matches the grammar: what the next server could read differently is refused.
@@ -322,11 +316,11 @@ def body_too_large(limit):
 # once. What is passed on keeps its lines byte for byte.
 
 MAX_HEAD_BYTES = 65_536  # nginx takes 32 KiB, Node 16; keys, cookies and tracing need some
-MAX_LINE_BYTES = 16_384  # method and target; 8,000 is what RFC 9112 3 asks for at least
+MAX_LINE_BYTES = 16_384  # a head's first; 8,000 is what RFC 9112 3 asks for at least
 MAX_FIELDS = 100         # as Apache and http.client
 MAX_CHUNK_LINE = 4_096   # a chunk's size with its extensions, or the trailers: nobody uses them
 MAX_REMEMBERED = 4_096   # bytes of a head that is remembered: strangers could fill the memory
-USAGE_BYTES = 4_096      # of the end of an answer, where its usage stands
+USAGE_BYTES = 4_096      # of an answer's beginning, and of its end: its usage is in one of them
 CHUNKED, UNTIL_CLOSE = -1, sys.maxsize  # lengths of a body that are not known beforehand
 
 # Fields of one connection (RFC 9110, 7.6.1), and of a proxy (11.7).
@@ -385,7 +379,7 @@ def find_head(data, scanned=0):
     start = max(0, scanned - 3)
     end = data.find(b"\r\n\r\n", start)
     if len(data) > MAX_LINE_BYTES and data.find(b"\r\n", 0, MAX_LINE_BYTES + 2) < 0:
-        raise Malformed(f"a request line may have {MAX_LINE_BYTES} bytes; send less", 414)
+        raise Malformed(f"a head's first line may have {MAX_LINE_BYTES} bytes; send less", 414)
     if (len(data) if end < 0 else end + 2) > MAX_HEAD_BYTES:
         raise Malformed(f"a head may have {MAX_HEAD_BYTES} bytes; send less", 431)
     if end < 0 and NEVER_IN_A_HEAD.search(data, start):
@@ -579,16 +573,17 @@ def parse_json(body):
 
 
 def token_usage(first, recent):
-    """Return what the last usage in `recent`, the end of an answer, tells: {"input": n, "output":
-    n}, or less; and what it does not, as the first one in `first`, the beginning, has it.
+    """Return the tokens that an answer tells: {"input": n, "output": n}, or less.
 
-    In a JSON string the quotes would be escaped: a model cannot write a usage into its text.
+    They stand in the last usage in `recent`, the end of the answer; what does not, in the first one
+    in `first`, its beginning (message_start of /v1/messages). In a JSON string the quotes would be
+    escaped: a model cannot write a usage into its text.
     """
     at, begun = recent.rfind(b'"usage"'), USAGE.search(first, 0, USAGE_BYTES)
     while at >= 0 and not USAGE.match(recent, at):
         at = recent.rfind(b'"usage"', 0, at)
     told = TOKENS.findall(recent, at, at + USAGE_BYTES) if at >= 0 else []
-    if begun and (begun.start() != at or first is not recent):
+    if begun and (begun.start() != at or first is not recent):  # else it is the same one
         told += TOKENS.findall(first, begun.start(), begun.start() + USAGE_BYTES)
     return {"input" if name in (b"prompt", b"input") else "output": int(count)
             for name, count in reversed(told)}  # what is behind the usage does not count
@@ -606,7 +601,7 @@ def key_name(keys, authorization):
 def cors_fields(origin, allowed):
     """Return the lines that let a page of this origin read the reply (Fetch standard, 3.2)."""
     if not origin or "*" not in allowed and origin.decode("latin-1") not in allowed:
-        return b"Vary: Origin\r\n"  # caches must tell origins apart
+        return b"Vary: Origin\r\n" if allowed else b""  # caches must tell origins apart
     return (b"Vary: Origin\r\nAccess-Control-Allow-Origin: %b\r\nAccess-Control-Expose-Headers:"
             b" x-request-id, x-backend-request-id, retry-after, retry-after-ms\r\n" % origin)
 
@@ -659,12 +654,13 @@ FAMILIES = {  # name: (help, labels and their values, upper bounds of a histogra
         " backend and for its turn.", {}, OVERHEAD),
     "gateway_build_info": ("1, with the version.", {"version": (__version__,)}, ())}
 PLAIN = re.compile(r"[!#-\[\]-~]+")
-SETTLED, SETTLE_SECONDS, PIPE_BUF = 12, 0.01, getattr(select, "PIPE_BUF", 512)
+SETTLED, SETTLE_SECONDS = 12, 0.01  # ended requests, or time, after which they are settled
+PIPE_BUF = getattr(select, "PIPE_BUF", 512)
 log_lock = threading.Lock()
 
 
 def log(*lines):
-    """Write lines to stderr, no more at once than a pipe takes without mixing processes'."""
+    """Write lines to stderr: all at once if a pipe keeps so many together, else one by one."""
     data = [line.encode("ascii", "backslashreplace") + b"\n" for line in lines]
     with log_lock, suppress(OSError):  # a closed stderr is no reason to fail a request
         for part in [b"".join(data)] if sum(map(len, data)) <= PIPE_BUF else data:
@@ -673,12 +669,12 @@ def log(*lines):
 
 @lru_cache(1)
 def whole_seconds(now):
-    """Return the time in RFC 3339; it costs as much as all else of a line, but once a second."""
+    """Return a time without fraction; it costs as much as all else of a line, but once a second."""
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
 
 
 def timestamp(now):
-    """Return a time with milliseconds."""
+    """Return a time in RFC 3339, with milliseconds."""
     return f"{whole_seconds(int(now))}.{int(now % 1 * 1000):03}Z"
 
 
@@ -701,11 +697,11 @@ def printable(text):
 class Record:
     """What is known of one request: bytes of the reply's body, milliseconds, how it came out.
 
-    `result` is the outcome in five words: ok (whatever the status), refused (by us, 4xx), failed
-    (5xx), cut, or client_closed. In seconds: `first` and `first_piece` are when the reply and its
-    streamed body began, `asked` when the request had been read, `waited` is how long others kept
-    it waiting. `tries` are the backends that were tried, each with its outcome; `answer` is the
-    beginning and the end of what came, in which the usage is sought.
+    `result` is ok (whatever the status), refused (by us, 4xx), failed (5xx), cut, or client_closed;
+    `outcome` is ok, client_closed, or the code of the error. In seconds: `first` and `first_piece`
+    are when the reply and its streamed body began, `asked` when the request had been read, `waited`
+    is how long others kept it waiting. `tries` are the backends that were tried, each with its
+    outcome; `answer` is the beginning and the end of what came, in which the usage is sought.
     """
 
     LOGGED = ("time", "request_id", "trace_id", "client", "key", "method", "path", "status",
@@ -718,10 +714,6 @@ class Record:
 
     def __init__(self, client):
         self.began, self.client = time.monotonic(), client
-
-    def end(self):
-        """Note that the request has ended."""
-        self.ended, self.duration_ms = time.time(), (time.monotonic() - self.began) * 1000
 
     def line(self, form):
         """Return the line for the log."""
@@ -757,6 +749,7 @@ class Metrics:
         numbers = memoryview(mmap.mmap(-1, 8 * width * workers)).cast("d")
         self.rows = [numbers[worker * width:][:width] for worker in range(workers)]
         self.row = self.rows[0]
+        self.row[self.places["gateway_build_info"][__version__,]] = 1
 
     def add(self, family, value, *key):
         """Add a value to a series. Hold the lock."""
@@ -787,16 +780,17 @@ class Metrics:
         for kind, tokens in token_usage(*record.answer).items() if record.answer else ():
             add("gen_ai_client_token_usage", tokens, kind)
 
-    def render(self, gauges):
-        """Return Prometheus' text 0.0.4 of all workers' sums, and of `gauges`, this worker's."""
+    def render(self):
+        """Return Prometheus' text 0.0.4: all workers' sums; up is what is so for every worker."""
         sums, lines = [sum(column) for column in zip(*map(list, self.rows))], []
         for family, (text, labels, bounds) in FAMILIES.items():
             kind = "counter" if family.endswith("_total") else "histogram" if bounds else "gauge"
             lines += [f"# HELP {family} {text}", f"# TYPE {family} {kind}"]
             for key, place in self.places[family].items():
-                total = gauges.get((family, *key), sums[place])
+                total = sums[place] if family != "gateway_backend_up" else (
+                    min(row[place] for row in self.rows))
                 counts = [*itertools.accumulate(sums[place + 1:place + 2 + len(bounds)])]
-                if key and not total and not counts[-1] and (family, *key) not in gauges:
+                if key and not total and not counts[-1] and kind != "gauge":
                     continue  # of series with labels, those appear that have a number
                 pairs = [f'{label}="{value}"' for label, value in zip(labels, key)]
                 if not bounds:
@@ -818,8 +812,9 @@ class Ledger:
     """The requests that have `ended` and are not yet counted, and the `lines` that are not written.
 
     Several at once take less, for code that has just run runs faster: at 16 connections a request
-    took 85 us of CPU and takes 77. A connection that is alone, or ends, is done with at once. A
-    write for each took 7% of a request, and 13% at 128 connections, where it hands on the GIL.
+    took 85 us of CPU and takes 77. Those of a connection that is alone, or ends, are counted at
+    once. A write for each took 7% of a request, and 13% at 128 connections, where it hands on the
+    GIL. What is left over is settled by the sweep, within a tenth of a second.
     """
 
     def __init__(self, settings, metrics):
@@ -827,9 +822,11 @@ class Ledger:
         self._form, self._metrics, self._writing = settings.log_format, metrics, threading.RLock()
 
     def enter(self, record, alone):
-        """Take a request that has ended."""
+        """Take a request that ends now; `alone`: count it at once."""
+        now = time.monotonic()
+        record.ended, record.duration_ms = time.time(), (now - record.began) * 1000
         self.ended.append(record)
-        due = time.monotonic() - self._settled > SETTLE_SECONDS
+        due = now - self._settled > SETTLE_SECONDS
         if due or alone or len(self.ended) >= SETTLED:
             self.settle(due)
 
@@ -927,8 +924,9 @@ class BackendRequest(urllib.request.Request):
 
 
 class Link:
-    """One connection to a backend; `key` is its scheme and host, `idle_since` 0 if it is new.
+    """One connection to a backend; `key` is its scheme and host.
 
+    `idle_since` is when it was last used, or heard by Streams; 0 if it is new.
     `persistent` turns false if a request broke off (what follows would be taken for the rest of it)
     or the backend said close. Without poll (Windows), links are not used again.
     """
@@ -967,7 +965,7 @@ class Pool(urllib.request.BaseHandler):
         self._dropped = NOT_RETURNED | CORS_FIELDS if settings.cors_origins else NOT_RETURNED
 
     def http_open(self, request):
-        """Send a BackendRequest; return its Response, whose head has come. Raises BackendError."""
+        """Send a BackendRequest; return its Response. Raises BackendError or ClientGone."""
         link = self._take(request) or self._dial(request)
         try:
             return self._exchange(request, link)
@@ -1117,9 +1115,10 @@ class Backend:
     """A server to forward to: its address, what it serves, and how it has been doing.
 
     `models` are the cards of /v1/models, JSON texts by id, or None if they are not known. While
-    `up` is false, nothing is sent before `retry_at`, and then one request, until `trial_until`.
-    `silent`: its last probe had no answer in time. `lost`: it could not be reached, or a probe saw
-    it fail; so a probe can tell that it is back. Changed under Backends' lock.
+    `up` is false, others are preferred until `retry_at`, and then, once it has one request to try
+    it, until `trial_until`. `silent`: its last probe had no answer in time. `lost`: it could not be
+    reached, or a probe saw it fail; so a probe can tell that it is back. Changed under Backends'
+    lock, but for what probes alone change: `models`, `silent`, `probing`, `probed`.
     """
 
     up, silent, lost, models, probing, probed = True, False, False, None, None, False
@@ -1133,11 +1132,6 @@ class Backend:
     def free_at(self):
         """Return when a request may be sent to it: behind its back-off, and a trial of it."""
         return max(self.retry_at, self.trial_until)
-
-    def leave_alone(self, now):
-        """Send it nothing for a time that doubles."""
-        self.up, self.back_off = False, min(max(2 * self.back_off, 1), MAX_BACK_OFF)
-        self.retry_at = now + self.back_off
 
 
 def retry_after(head):
@@ -1176,8 +1170,9 @@ class Backends:
 
         What was sent decides, and the class of the failure proves it. A backend that could not be
         reached has not seen the request: the next one gets it. If one broke, or answered 429 or
-        BUSY, one other gets it, if it may be repeated. A time-out is final: the backend may be at
-        work. Of what came back, the last answer stands, else the last failure.
+        BUSY, one other gets it, if it may be repeated (after 429, only one that is not left alone).
+        A time-out is final: the backend may be at work. The last answer stands; without one, the
+        last failure of a backend that was reached; without that, the first one.
         """
         tried, final, left, only_free = [], None, 2 if request.repeatable else 1, False
         while left and self._choose(request, tried, only_free):
@@ -1293,8 +1288,9 @@ class Backends:
         """Leave the backend alone for a while, `wait` seconds if it said so."""
         with self._lock:
             was_up, now, backend.lost = backend.up, time.monotonic(), lost
-            if backend.retry_at <= now:
-                backend.leave_alone(now)
+            if backend.retry_at <= now:  # else it failed while it was left alone
+                backend.up, backend.back_off = False, min(backend.back_off * 2 or 1, MAX_BACK_OFF)
+                backend.retry_at = now + backend.back_off
             backend.retry_at = max(backend.retry_at, now + wait)
             backend.probe_at = min(backend.probe_at, backend.retry_at)
         if was_up:
@@ -1310,7 +1306,7 @@ class Backends:
             note(self.settings, f"backend {backend.url} is up")
 
     def probe_due(self):
-        """Start a thread for each backend whose probe is due."""
+        """Start a thread for each backend whose probe is due; cancel probes that take too long."""
         now, interval, limit = (
             time.monotonic(), self.settings.probe_interval, self.settings.connect_timeout)
         for backend in self.all:
@@ -1331,9 +1327,8 @@ class Backends:
     def _probe(self, request):
         """Ask a backend which models it serves, and so whether it is up.
 
-        Where requests failed, a probe's success counts once their back-off is over, and only until
-        the next one. Silence of one that is at work is no failure: some answer nothing while they
-        generate.
+        Where requests failed, success counts once their back-off is over, and does not reset that.
+        Silence of one that is at work is no failure: some answer nothing while they generate.
         """
         backend = request.backend
         try:
@@ -1464,17 +1459,6 @@ UNBUFFERED = {b"cache-control": b"Cache-Control: no-cache\r\n",  # for proxies b
 EVENT_FIELDS = b"Content-Type: text/event-stream; charset=utf-8\r\n%b%b" % (*UNBUFFERED.values(),)
 
 
-def schedule(policy):
-    """Have the system schedule this thread so, if it knows the policy and lets us.
-
-    Of threads of SCHED_BATCH none interrupts another when it wakes up, only to find the GIL taken:
-    a quarter less CPU time at 128 connections with two workers. What must not wait is SCHED_OTHER.
-    """
-    with suppress(AttributeError, OSError):
-        if os.sched_getscheduler(0) in (os.SCHED_OTHER, os.SCHED_BATCH):  # else somebody chose
-            os.sched_setscheduler(0, getattr(os, policy), os.sched_param(0))
-
-
 def request_ids():
     """Yield ids for the requests of one connection: a uuid4, and then those that follow it.
 
@@ -1556,7 +1540,6 @@ class Handler(BaseHTTPRequestHandler):
             self.fail(APIError(500, "internal_error", "the gateway failed; its log says why"))
         finally:
             self.forwarding = None
-            record.end()
             self.server.ledger.enter(record, len(self.server.connections) == 1)
 
     def receive_first(self):
@@ -1611,8 +1594,7 @@ class Handler(BaseHTTPRequestHandler):
         record.method, record.path, index = asked.method, asked.path, asked.index
         record.request_id = accepted_request_id(index, self.ids)
         self.close_connection = not asked.persistent
-        if self.settings.cors_origins:
-            self.cors = cors_fields(index.get(b"origin"), self.settings.cors_origins)
+        self.cors = cors_fields(index.get(b"origin"), self.settings.cors_origins)
         if b"traceparent" in index and (trace := TRACE.fullmatch(index[b"traceparent"])):
             record.trace_id = trace[1].decode()
 
@@ -1623,20 +1605,19 @@ class Handler(BaseHTTPRequestHandler):
         The deadline moves with what has come: a slow line is served, a stalled one is not.
         """
         limit, length, data = self.settings.max_body_bytes, self.length, self.buffer
-        if length > limit:
-            raise body_too_large(limit)
-        if 0 <= length <= len(data):  # it came with the head, as most do
+        if length <= limit and 0 <= length <= len(data):  # it came with the head, as most do
             self.buffer, self.length = data[length:], 0
             return data[:length]
         expected = self.asked.index.get(b"expect", b"").lower()
-        if expected == b"100-continue" and self.minor and not data:
+        if expected == b"100-continue" and self.minor and not data and length <= limit:
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         began, body, pieces, received = time.monotonic(), Body(length), [], 0
         while True:
             pieces.append(body.feed(data))
             received += len(pieces[-1])
-            if received > limit:
-                raise body_too_large(limit)
+            if max(length, received) > limit:
+                raise APIError(413, "request_too_large", f"a body may have {limit} bytes"
+                               " (MAX_BODY_BYTES); send less")
             if body.malformed:
                 raise Malformed("the body's chunks are not of the form of RFC 9112, section 7.1")
             if body.done:
@@ -1679,7 +1660,8 @@ class Handler(BaseHTTPRequestHandler):
         elif path == "/readyz":
             self.reply(*self.server.readiness())
         elif path == "/metrics":
-            self.reply(200, self.server.metrics_text(), kind=METRICS_TYPE)
+            self.server.ledger.count()
+            self.reply(200, self.server.metrics.render(), kind=METRICS_TYPE)
         else:
             self.echo(parse_json(self.read_body()))
 
@@ -1724,7 +1706,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.admission.leave()
 
     def look_into(self, body):
-        """Return the model that the request is for, or None, and note it.
+        """Return the model that the request is for, or None; note that of a POST.
 
         Raises 400 for what must be a JSON object and is none.
         """
@@ -1761,7 +1743,7 @@ class Handler(BaseHTTPRequestHandler):
             backends.authorization))
 
     def relay(self, response):
-        """Pass the response on, with fields of our own; raises Broken if it is not whole."""
+        """Pass the response on, with fields of our own; raises BackendError if it is not whole."""
         record, head = self.record, response.head
         index, fields = head.index, head.fields
         theirs = index.get(b"x-request-id", index.get(b"x-backend-request-id"))
@@ -1798,11 +1780,11 @@ class Handler(BaseHTTPRequestHandler):
             self.steps = None  # it holds us, and the request
 
     def relay_pieces(self, pieces, events, unproven=False):
-        """Pass each piece of a body on as it comes, and note the usage that its end tells.
+        """Pass each piece of a body on as it comes; note its beginning and end, for the usage.
 
-        Yields where the next one has to be waited for. Of an event stream, what is behind the last
-        whole event is held back: if the backend dies, an error event can follow at a boundary. Of
-        an `unproven` one [DONE] alone tells the end.
+        Yields True where the next one has to be waited for. Of an event stream, what is behind the
+        last whole event is held back: if the backend dies, an error event can follow at a boundary.
+        An `unproven` one is cut if it ends within an event, or without [DONE] where there is one.
         """
         first, recent, tail, self.at_boundary = b"", bytearray(b"\n"), b"", events
         for piece in pieces:
@@ -1821,7 +1803,7 @@ class Handler(BaseHTTPRequestHandler):
                     first += piece[:USAGE_BYTES]
                 recent += piece
                 del recent[:-USAGE_BYTES]
-            yield
+            yield True
         recent += tail
         if unproven and (tail or self.record.path in PARSED and self.record.status == 200) and (
                 not LAST_EVENT.search(recent)):
@@ -1894,8 +1876,7 @@ class Handler(BaseHTTPRequestHandler):
             index = {name.lower(): value for name, value in LOST.findall(head)}
             record.request_id = accepted_request_id(index, self.ids)
             record.method = "HEAD" if head.startswith(b"HEAD ") else "-"  # its reply has no body
-            if self.settings.cors_origins:
-                self.cors = cors_fields(index.get(b"origin"), self.settings.cors_origins)
+            self.cors = cors_fields(index.get(b"origin"), self.settings.cors_origins)
         with suppress(ClientGone):
             if not begun:
                 return self.reply(error.status, error.body(), error.fields)
@@ -1908,15 +1889,26 @@ class Handler(BaseHTTPRequestHandler):
 # == 8. Server =====================================================================================
 # Binds, gives each connection a thread, and refuses those past the limit; one thread relays the
 # events of all streams. Workers share one socket, and even out how many connections each has. Ten
-# times a second it looks for clients that left while a backend works for them, and for probes that
-# are due. To stop, it says so at /readyz, then takes no more connections and waits for the requests
-# in flight.
+# times a second it looks for clients that left while a backend works for them, for probes that are
+# due, and for requests that are not yet logged. To stop, it says so at /readyz, then takes no more
+# connections and waits for the requests in flight.
 
 SWEEP_SECONDS = 0.1     # a vanished client's backend is stopped within about this
 MAX_ACCEPTS = 256       # connections that are accepted before other duties are looked after
 YIELD_SECONDS = 0.0005  # for another worker to accept a connection
 PARTING_SECONDS = 1     # for a 503 to arrive, a kept connection's last request, the first probes
 STACK_BYTES = 4 << 20   # of a thread: with 2 MiB, to write deeply nested JSON kills the process
+
+
+def schedule(policy):
+    """Have the system schedule this thread so, if it knows the policy and lets us.
+
+    Of threads of SCHED_BATCH none interrupts another when it wakes up, only to find the GIL taken:
+    a quarter less CPU time at 128 connections with two workers. What must not wait is SCHED_OTHER.
+    """
+    with suppress(AttributeError, OSError):
+        if os.sched_getscheduler(0) in (os.SCHED_OTHER, os.SCHED_BATCH):  # else somebody chose
+            os.sched_setscheduler(0, getattr(os, policy), os.sched_param(0))
 
 
 class Admission:
@@ -1965,23 +1957,24 @@ class Streams:
 
     A thread for each would sleep, wake and wait for the GIL at each event: of 32 streams one took
     38 us of CPU so, and takes 30. What else a stream needs (the end, an error, patience with a slow
-    client, TLS) is left to the thread of its connection. Only Linux has epoll.
+    client, TLS) is left to the thread of its connection. Only Linux has epoll. Invariant: of what
+    is in `_lent`, this thread alone makes the steps; that of the connection waits for `back`.
     """
 
     def __init__(self):
         self._lock, self._epoll, self._lent = threading.Lock(), None, {}
 
     def lend(self, handler):
-        """Have the handler's steps made, each when bytes have come on its link, until one leaves
-        more to be done than that; raises what a step raised.
+        """Have the handler's steps made, each when its link has bytes, until one has released the
+        link, left bytes unsent (which are sent here) or ended; raises what one raised. Does nothing
+        where that cannot be: then the caller makes the next step itself, and waits in it.
         """
-        request, back = handler.forwarding, SimpleQueue()
-        if not hasattr(select, "epoll") or not request.link or (
-                ssl.SSLSocket in (type(request.link.sock), type(handler.connection))):
+        request, link, back = handler.forwarding, handler.forwarding.link, SimpleQueue()
+        if not hasattr(select, "epoll") or not link or (
+                ssl.SSLSocket in (type(link.sock), type(handler.connection))):
             return
         handler.lent, request.flags = True, socket.MSG_DONTWAIT
-        taken = self._take(request.link.sock.fileno(), (handler, request.link, back))
-        fault = back.get() if taken else None
+        fault = back.get() if self._take(handler, link, back) else None
         handler.lent, request.flags = False, 0
         unsent, handler.unsent = handler.unsent, b""
         try:
@@ -1992,15 +1985,15 @@ class Streams:
         finally:
             del fault  # as in Backends.open
 
-    def _take(self, descriptor, lent):
-        lent[1].idle_since = time.monotonic()
+    def _take(self, handler, link, back):
+        descriptor, link.idle_since = link.sock.fileno(), time.monotonic()
         with self._lock:
             try:
                 if not self._epoll:
                     epoll = select.epoll()
                     start_new_thread(self._run, (epoll,))
                     self._epoll = epoll
-                self._lent[descriptor] = lent
+                self._lent[descriptor] = handler, link, back
                 with suppress(FileExistsError):  # the step that released the link is not yet over
                     self._epoll.register(descriptor, select.EPOLLIN)
             except (OSError, RuntimeError):  # no descriptor is left, or no thread
@@ -2023,18 +2016,15 @@ class Streams:
                         self._step(descriptor, now)
                 with self._lock:
                     if not self._lent:
-                        self._epoll = epoll.close()
+                        self._epoll = epoll.close()  # None: the next one lent makes another
                         return
 
     def _step(self, descriptor, now):
         handler, link, back = lent = self._lent[descriptor]
         link.idle_since, fault = now, None
         try:
-            next(handler.steps)
-            if handler.forwarding.link and not handler.unsent:
+            if next(handler.steps, False) and handler.forwarding.link and not handler.unsent:
                 return
-        except StopIteration:
-            pass
         except BaseException as error:
             fault = error
         with self._lock:
@@ -2058,13 +2048,12 @@ class Server(ThreadingHTTPServer):
     draining, supervisor, number, date, next_sweep = False, None, 0, b"", 0.0
 
     def __init__(self, settings):
-        self.settings, self.connections, self.parting = settings, {}, []
+        self.settings, self.connections, self.parting, self.streams = settings, {}, [], Streams()
         self.metrics = Metrics(settings.workers, settings.backend_url)
         self.ledger = Ledger(settings, self.metrics)
         self.loads = memoryview(mmap.mmap(-1, 8 * settings.workers)).cast("q")
         self.backends = Backends(settings) if settings.backend_url else None
         self.admission = Admission(settings.max_concurrent_requests, settings.queue_timeout)
-        self.streams = Streams()
         self.paths = OWN_PATHS if self.backends else OWN_PATHS | ECHO_PATHS
         self.take_over(settings.secrets, settings.tls)
         if settings.listen_fd is None:
@@ -2117,7 +2106,7 @@ class Server(ThreadingHTTPServer):
         super().serve_forever(poll_interval)
 
     def get_request(self):
-        """Accept a connection, and before it others that wait: their threads would delay this one.
+        """Accept all connections that wait, at once: the threads of some would delay the others.
 
         Of several workers, one that has more connections than another lets it go first: of 128
         they took 88 and 40, or 65 and 63 with this, and the slowest hundredth took half as long.
@@ -2182,7 +2171,9 @@ class Server(ThreadingHTTPServer):
             note_internal_error(self.settings, "sweep")
 
     def sweep(self):
-        """Cancel what is forwarded for clients that have gone; close what is due to be closed."""
+        """Settle the ledger, cancel what is forwarded for clients that have gone, set the gauges,
+        probe, and close what is due to be closed.
+        """
         self.next_sweep = time.monotonic() + SWEEP_SECONDS
         self.date = f"Date: {formatdate(usegmt=True)}\r\n".encode()
         if (self.ledger.ended or self.ledger.lines) and not log_lock.locked():  # stderr may stall
@@ -2206,14 +2197,6 @@ class Server(ThreadingHTTPServer):
             os.kill(os.getpid(), signal.SIGTERM)
         while self.parting and (self.parting[0][0] < time.monotonic() or len(self.parting) > 1000):
             self.parting.pop(0)[1].close()
-
-    def metrics_text(self):
-        """Return the text of /metrics; a backend is up if it is so for every worker."""
-        self.ledger.count()
-        rows, places = self.metrics.rows, self.metrics.places["gateway_backend_up"]
-        return self.metrics.render({("gateway_build_info", __version__): 1} | {
-            ("gateway_backend_up", *key): min(row[place] for row in rows)
-            for key, place in places.items()})
 
     def readiness(self):
         """Return the status and the JSON of /readyz."""
