@@ -1218,7 +1218,7 @@ class Backends:
                         set_timeouts(request.link.sock, left, left)
                 answer = final._replace(head=head._replace(length=len(body)), rest=bytes(body),
                                         whole=True)
-            except BackendError:
+            except (BackendError, OSError):  # some systems set nothing on a socket that is reset
                 answer = APIError(head.status, "backend_error", "the backend cannot answer now, and"
                                   " no other one can; try again", fields=b"".join(
                                       b"%b: %b\r\n" % field for field in head.index.items()
