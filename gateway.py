@@ -1122,7 +1122,7 @@ class Backend:
     """
 
     up, silent, lost, models, probing, probed = True, False, False, None, None, False
-    back_off, retry_at, trial_until, probe_at, in_flight, turn = 0, 0.0, 0.0, 0.0, 0, 0
+    back_off, retry_at, trial_until, probe_at, in_flight, chosen = 0, 0.0, 0.0, 0.0, 0, 0
 
     def __init__(self, url):
         self.url, parts = url, urllib.parse.urlsplit(url)
@@ -1246,11 +1246,11 @@ class Backends:
                     return False
                 request.backend.in_flight -= 1
             backend = left[0] if len(left) == 1 else min(left, key=lambda b: (
-                max(b.free_at() - now, 0), b.silent, b.in_flight, b.turn))
+                max(b.free_at() - now, 0), b.silent, b.in_flight, b.chosen))
             if not backend.up and backend.free_at() <= now:  # others wait for how this one fares
                 backend.trial_until = now + backend.back_off
             backend.in_flight += 1
-            backend.turn = next(self._turns)
+            backend.chosen = next(self._turns)
             request.backend = backend
         return True
 
@@ -2020,7 +2020,7 @@ class Streams:
                         return
 
     def _step(self, descriptor, now):
-        handler, link, back = lent = self._lent[descriptor]
+        handler, link, back = loan = self._lent[descriptor]
         link.idle_since, fault = now, None
         try:
             if next(handler.steps, False) and handler.forwarding.link and not handler.unsent:
@@ -2028,7 +2028,7 @@ class Streams:
         except BaseException as error:
             fault = error
         with self._lock:
-            if self._lent.get(descriptor) is lent:  # else the link was released, and is lent again
+            if self._lent.get(descriptor) is loan:  # else the link was released, and is lent again
                 del self._lent[descriptor]
                 with suppress(OSError):  # it is closed
                     self._epoll.unregister(descriptor)
