@@ -13,7 +13,7 @@ The path of a request; read the sections in order, or from here:
             echo -> Echo
             forward -> Admission.enter       a place, or a wait for one
                 Backends.open                for each backend that may answer: urllib's opener
-                    Pool.http_open           take or dial a link, send, read the response's head
+                    Pool.default_open        take or dial a link, send, read the response's head
                 relay -> Streams.lend        pieces as they come; a cut one never ends as a whole
         except APIError -> fail              OpenAI's error JSON, an error event, or a cut
         except ClientGone                    the link is closed, which makes the backend stop
@@ -561,10 +561,7 @@ JSON = json.JSONDecoder(parse_constant=refuse_constant)
 def parse_json(body):
     """Parse a body to a dict; raises 400 invalid_json for all that is no JSON object."""
     try:  # json.loads(bytes) would guess UTF-16, and take encoded surrogates
-        text = body.decode().strip(" \t\r\n")
-        value, end = JSON.raw_decode(text)  # decode() looks for white space with a pattern: 0.5 us
-        if end < len(text):
-            raise ValueError(f"more follows behind character {end}")
+        value = JSON.decode(body.decode())
     except (ValueError, RecursionError) as error:  # numbers of over 4,300 digits; deep nesting
         raise APIError(400, "invalid_json", f"the body is not valid JSON: {error}") from None
     if not isinstance(value, dict):
@@ -579,11 +576,12 @@ def token_usage(first, recent):
     in `first`, its beginning (message_start of /v1/messages). In a JSON string the quotes would be
     escaped: a model cannot write a usage into its text.
     """
-    at, begun = recent.rfind(b'"usage"'), USAGE.search(first, 0, USAGE_BYTES)
+    at = recent.rfind(b'"usage"')
+    begun = USAGE.search(first, 0, USAGE_BYTES) if first is not recent else None
     while at >= 0 and not USAGE.match(recent, at):
         at = recent.rfind(b'"usage"', 0, at)
     told = TOKENS.findall(recent, at, at + USAGE_BYTES) if at >= 0 else []
-    if begun and (begun.start() != at or first is not recent):  # else it is the same one
+    if begun:
         told += TOKENS.findall(first, begun.start(), begun.start() + USAGE_BYTES)
     return {"input" if name in (b"prompt", b"input") else "output": int(count)
             for name, count in reversed(told)}  # what is behind the usage does not count
@@ -866,8 +864,6 @@ RECEIVE_BYTES = 65_536  # one read; larger ones cost more to allocate than they 
 MAX_BACK_OFF = 30       # seconds, doubled from 1, that a failing backend is left alone
 MAX_RETRY_AFTER = 300   # seconds that a backend may ask for
 MAX_LIST_PIECES = 64    # of a list of models, each of up to RECEIVE_BYTES
-MAX_GATHERED = 1 << 20  # bytes of a failing answer, and
-GATHER_SECONDS = 1      # for them to come before another backend is asked
 BUSY = frozenset((502, 503, 504, 508))  # it, or one behind it, cannot answer now: another may
 
 # `rest` is what of the body came with the head, `whole` tells that this is all of it; `pieces`
@@ -953,8 +949,8 @@ class Link:
 class Pool(urllib.request.BaseHandler):
     """The handler of urllib's opener for http and https: it keeps links alive.
 
-    Invariant: an open link is either in `_idle` or the `link` of one request; both change under
-    `_lock` alone. Nothing that is done under it blocks.
+    Invariant: an open link is in `_idle`, or the `link` of one request, or put aside by the _try of
+    that; the first two change under `_lock` alone. Nothing that is done under it blocks.
     """
 
     def __init__(self, settings):
@@ -964,7 +960,7 @@ class Pool(urllib.request.BaseHandler):
             url.lower().startswith("https") for url in settings.backend_url) else None
         self._dropped = NOT_RETURNED | CORS_FIELDS if settings.cors_origins else NOT_RETURNED
 
-    def http_open(self, request):
+    def default_open(self, request):
         """Send a BackendRequest; return its Response. Raises BackendError or ClientGone."""
         link = self._take(request) or self._dial(request)
         try:
@@ -978,8 +974,6 @@ class Pool(urllib.request.BaseHandler):
             except Unreachable:
                 raise error from None  # the request may be what ended the backend
         return self._exchange(request, link)
-
-    https_open = http_open
 
     def _take(self, request):
         """Give the request an idle link, and return it; None if no good one is left."""
@@ -1027,8 +1021,8 @@ class Pool(urllib.request.BaseHandler):
             link.patience = request.patience
             with suppress(OSError):  # it may be reset already
                 set_timeouts(link.sock, request.patience, request.patience)
-        sent = b"%b %b HTTP/1.1\r\n%b%b\r\n" % (
-            request.method.encode(), (backend.path + request.target).encode(), backend.host_line,
+        sent = b"%b HTTP/1.1\r\n%b%b\r\n" % (
+            f"{request.method} {backend.path}{request.target}".encode(), backend.host_line,
             request.fields)
         try:  # to copy a large body would cost more than another call
             for part in (sent + body,) if len(body) <= RECEIVE_BYTES else (sent, body):
@@ -1174,59 +1168,31 @@ class Backends:
         A time-out is final: the backend may be at work. The last answer stands; without one, the
         last failure of a backend that was reached; without that, the first one.
         """
-        tried, final, left, only_free = [], None, 2 if request.repeatable else 1, False
+        tried, answer, failure, only_free = [], None, None, False
+        left = 2 if request.repeatable else 1
         while left and self._choose(request, tried, only_free):
-            final = final and self._gather(request, final)
             tried.append(request.backend)
             try:
-                final = self._try(request, record)
-                only_free = final.head.status == 429
-                if not only_free and final.head.status not in BUSY:
-                    return final
+                answer = self._try(request, record)
+                only_free = answer.head.status == 429
+                if not only_free and answer.head.status not in BUSY:
+                    break
             except Unreachable as error:
-                final = final or error
+                failure = failure or error
                 continue
             except Broken as error:
-                final = error if final is None or isinstance(final, BackendError) else final
-                only_free = False
+                failure, only_free = error, False
             left -= 1
-        record.backend = final.backend.url
-        if isinstance(final, Response):
-            return final
+        record.backend = (answer or failure).backend.url
         try:
-            if isinstance(final, Unreachable) and len(self.all) > 1:
+            if answer:
+                return answer
+            if isinstance(failure, Unreachable) and len(self.all) > 1:
                 raise APIError(503, "no_healthy_backend", "none of the backends for this request"
                                " can be reached; try again", fields=b"Retry-After: 1\r\n")
-            raise final
+            raise failure
         finally:
-            del final  # an error holds this frame, and would be held by it, with the request's body
-
-    def _gather(self, request, final):
-        """Free the request for another try; return what came of the last one. An answer gets its
-        body, if that comes in time; else it becomes an error that tells what its head told.
-        """
-        if isinstance(final, Response) and not final.whole:
-            head, body, deadline = final.head, bytearray(), time.monotonic() + GATHER_SECONDS
-            try:
-                for piece in final.pieces:
-                    body += piece
-                    left = deadline - time.monotonic()
-                    if len(body) > MAX_GATHERED or left <= 0:
-                        raise BackendTimeout("the rest of its answer is not waited for")
-                    if request.link:  # it is not yet whole
-                        request.link.patience = left
-                        set_timeouts(request.link.sock, left, left)
-                answer = final._replace(head=head._replace(length=len(body)), rest=bytes(body),
-                                        whole=True)
-            except (BackendError, OSError):  # some systems set nothing on a socket that is reset
-                answer = APIError(head.status, "backend_error", "the backend cannot answer now, and"
-                                  " no other one can; try again", fields=b"".join(
-                                      b"%b: %b\r\n" % field for field in head.index.items()
-                                      if field[0] in (b"retry-after", b"retry-after-ms")))
-                answer.backend = final.backend
-            final = answer
-        self.pool.close(request)
-        return final
+            del failure  # it holds this frame, and would be held by it, with the request's body
 
     def _choose(self, request, tried, only_free):
         """Direct the request to the backend to try next, and return whether there is one.
@@ -1255,9 +1221,12 @@ class Backends:
         return True
 
     def _try(self, request, record):
-        """Send the request to the backend that it is directed to; note how that came out."""
+        """Send the request to the backend that it is directed to; note how that came out.
+
+        An earlier answer may have to stand: its link is the request's again if no other one comes.
+        """
         backend, began, outcome = request.backend, time.monotonic(), "cancelled"
-        record.backend = backend.url
+        record.backend, answer, spare, request.link = backend.url, None, request.link, None
         request.type, request.full_url = backend.scheme, backend.url + request.target
         try:
             answer = self._opener.open(request)
@@ -1275,6 +1244,11 @@ class Backends:
             self.failed(backend, error.message, lost=isinstance(error, Unreachable))
             raise
         finally:
+            if not answer:
+                self.pool.close(request)
+                request.link = spare
+            elif spare:
+                spare.sock.close()
             record.waited += time.monotonic() - began
             record.tries = (*record.tries, (backend.url, outcome))
 
@@ -1332,7 +1306,7 @@ class Backends:
         """
         backend = request.backend
         try:
-            answer = self.pool.http_open(request)
+            answer = self.pool.default_open(request)
             backend.silent = False
             if answer.head.status in BUSY:
                 return self.failed(backend, f"it answered {answer.head.status} to a probe",

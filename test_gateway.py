@@ -4836,35 +4836,38 @@ def test_retry_after_outlives_an_older_stream_that_breaks_off(log):
     assert [state for _, state in changes(log)] == ["down"]
 
 
-@pytest.mark.parametrize("other", ("dead", "silent", "busy", "well"))
+@pytest.mark.parametrize("other", ("dead", "breaks", "silent", "busy", "well"))
 @pytest.mark.parametrize("drips", (False, True))
-def test_a_503_whose_body_does_not_come_is_waited_for_a_second_before_another_is_asked(
+def test_a_503_whose_body_does_not_come_holds_nobody_up_and_stands_if_there_is_no_other_answer(
         other, drips):
     def script(played, number):
         played.request()
-        played.send(b"HTTP/1.1 503 Busy\r\nRetry-After: 7\r\nContent-Length: 999\r\n\r\n")
+        played.send(b"HTTP/1.1 503 Busy\r\nRetry-After: 7\r\nContent-Length: 99\r\n\r\n")
         with contextlib.suppress(ConnectionError):
-            for _ in range(990 * drips):
+            for _ in range(90 * drips):
                 played.send(b"x")
                 time.sleep(0.01)
         played.wait_for_end()
     def second(played, number):
-        if played.request() and other != "silent":
-            played.send(response(status="503 No" if other == "busy" else "200 OK"))
-        played.wait_for_end()
+        played.request()
+        if other != "silent":
+            played.send({"busy": response(status="503 No"), "well": response()}.get(other, b""))
+        if other != "breaks":
+            played.wait_for_end()
     with contextlib.ExitStack() as stack:
         urls = [dead_address()] if other == "dead" else [
             stack.enter_context(PlayedBackend(second)).url]
         port, first = stack.enter_context(several(script, urls=urls, backend_timeout=1))
         reply = ask(port, body=CHAT)
-        assert reply.status == {"silent": 504, "busy": 503, "well": 200, "dead": 503}[other]
-        assert reply.all("retry-after") == ["7"] * (other == "dead")
-        assert other != "dead" or reply.error()["code"] == "backend_error"
+        stands = other in ("dead", "breaks")
+        assert reply.status == {"silent": 504, "busy": 503, "well": 200}.get(other, 503)
+        assert (reply.all("retry-after"), reply.cut) == (["7"] * stands, stands)
+        assert not stands or reply.body == b"x" * 90 * drips
         eventually(lambda: first.ended)
 
 
 @pytest.mark.parametrize("status", (429, 502, 503))
-@pytest.mark.parametrize("way", ("length", "chunks", "close", "endless"))
+@pytest.mark.parametrize("way", ("length", "chunks", "close"))
 @pytest.mark.parametrize("other", ("dead", "breaks"))
 def test_the_last_answer_stands_if_the_other_backend_gives_none_however_its_body_comes(
         status, way, other):
@@ -4876,9 +4879,6 @@ def test_the_last_answer_stands_if_the_other_backend_gives_none_however_its_body
     def script(played, number):
         played.request()
         send_in_two(played, head, chunked(body) if way == "chunks" else body)
-        with contextlib.suppress(ConnectionError):
-            while way == "endless":
-                played.send(b"x" * 65_536)
     def breaks(played, number):
         played.request()
     with contextlib.ExitStack() as stack:
@@ -4886,12 +4886,8 @@ def test_the_last_answer_stands_if_the_other_backend_gives_none_however_its_body
             stack.enter_context(PlayedBackend(breaks)).url]
         port, first = stack.enter_context(several(script, urls=urls))
         reply = ask(port, body=CHAT)
-        if way == "endless":
-            assert (reply.status, reply.error()["code"]) == (status, "backend_error")
-        else:
-            assert (reply.status, reply.body, reply.cut) == (status, body, False)
-            assert reply.one("x-a") == "b"
-        assert reply.one("retry-after") == "3"
+        assert (reply.status, reply.body, reply.cut) == (status, body, False)
+        assert (reply.one("x-a"), reply.one("retry-after")) == ("b", "3")
 
 
 def test_a_probe_brings_a_backend_back_that_could_not_be_reached_however_long_it_was_gone(clock):
