@@ -1112,10 +1112,10 @@ class Backend:
     `up` is false, others are preferred until `retry_at`, and then, once it has one request to try
     it, until `trial_until`. `silent`: its last probe had no answer in time. `lost`: it could not be
     reached, or a probe saw it fail; so a probe can tell that it is back. Changed under Backends'
-    lock, but for what probes alone change: `models`, `silent`, `probing`, `probed`.
+    lock, but for what probes alone change: `models`, `silent`, `probing`.
     """
 
-    up, silent, lost, models, probing, probed = True, False, False, None, None, False
+    up, silent, lost, models, probing = True, False, False, None, None
     back_off, retry_at, trial_until, probe_at, in_flight, chosen = 0, 0.0, 0.0, 0.0, 0, 0
 
     def __init__(self, url):
@@ -1327,7 +1327,7 @@ class Backends:
             note_internal_error(self.settings, backend.url)
         finally:
             self.pool.close(request)
-            backend.probing, backend.probed = None, True
+            backend.probing = None
 
     def models(self):
         """Return the list of the models of all backends that are up as JSON, if any is known."""
@@ -1449,7 +1449,7 @@ class Handler(BaseHTTPRequestHandler):
     Invariant: `buffer` holds what came and was not used; `forwarding` is the BackendRequest under
     way, which Server.sweep cancels if the client has gone, unless we are `deaf` to that; while a
     request is awaited, `idle_since` is set; FIN would pass an `open_ended` reply off as whole;
-    while Streams goes through our `steps`, we are `lent`, and all this is its thread's.
+    while Streams makes the steps of our relay, we are `lent`, and all this is its thread's.
     """
 
     buffer, unsent, patience, length, forwarding, idle_since = b"", b"", 0, 0, None, None
@@ -1738,20 +1738,17 @@ class Handler(BaseHTTPRequestHandler):
         if response.whole:
             record.answer = response.rest, response.rest[-RECEIVE_BYTES:]
             return
-        self.steps = self.relay_pieces(
-            response.pieces, events, events and head.length == UNTIL_CLOSE)
+        steps = self.relay_pieces(response.pieces, events, events and head.length == UNTIL_CLOSE)
         try:
-            for _ in self.steps:
+            for _ in steps:
                 if events:
-                    self.server.streams.lend(self)
+                    self.server.streams.lend(self, steps)
             self.open_ended = False  # it is whole
         except BackendError as error:
             if self.forwarding.cancelled:
                 raise ClientGone from None
             self.server.backends.failed(response.backend, error.message)
             raise
-        finally:
-            self.steps = None  # it holds us, and the request
 
     def relay_pieces(self, pieces, events, unproven=False):
         """Pass each piece of a body on as it comes; note its beginning and end, for the usage.
@@ -1938,7 +1935,7 @@ class Streams:
     def __init__(self):
         self._lock, self._epoll, self._lent = threading.Lock(), None, {}
 
-    def lend(self, handler):
+    def lend(self, handler, steps):
         """Have the handler's steps made, each when its link has bytes, until one has released the
         link, left bytes unsent (which are sent here) or ended; raises what one raised. Does nothing
         where that cannot be: then the caller makes the next step itself, and waits in it.
@@ -1948,7 +1945,7 @@ class Streams:
                 ssl.SSLSocket in (type(link.sock), type(handler.connection))):
             return
         handler.lent, request.flags = True, socket.MSG_DONTWAIT
-        fault = back.get() if self._take(handler, link, back) else None
+        fault = back.get() if self._take(handler, steps, link, back) else None
         handler.lent, request.flags = False, 0
         unsent, handler.unsent = handler.unsent, b""
         try:
@@ -1959,7 +1956,7 @@ class Streams:
         finally:
             del fault  # as in Backends.open
 
-    def _take(self, handler, link, back):
+    def _take(self, handler, steps, link, back):
         descriptor, link.idle_since = link.sock.fileno(), time.monotonic()
         with self._lock:
             try:
@@ -1967,7 +1964,7 @@ class Streams:
                     epoll = select.epoll()
                     start_new_thread(self._run, (epoll,))
                     self._epoll = epoll
-                self._lent[descriptor] = handler, link, back
+                self._lent[descriptor] = handler, steps, link, back
                 with suppress(FileExistsError):  # the step that released the link is not yet over
                     self._epoll.register(descriptor, select.EPOLLIN)
             except (OSError, RuntimeError):  # no descriptor is left, or no thread
@@ -1985,7 +1982,7 @@ class Streams:
                 self._step(descriptor, now)
             if now >= next_look:
                 next_look = now + SWEEP_SECONDS
-                for descriptor, (_, link, _) in list(self._lent.items()):
+                for descriptor, (*_, link, _) in list(self._lent.items()):
                     if now - link.idle_since > link.patience:  # there the step raises
                         self._step(descriptor, now)
                 with self._lock:
@@ -1994,10 +1991,10 @@ class Streams:
                         return
 
     def _step(self, descriptor, now):
-        handler, link, back = loan = self._lent[descriptor]
+        handler, steps, link, back = loan = self._lent[descriptor]
         link.idle_since, fault = now, None
         try:
-            if next(handler.steps, False) and handler.forwarding.link and not handler.unsent:
+            if next(steps, False) and handler.forwarding.link and not handler.unsent:
                 return
         except BaseException as error:
             fault = error
@@ -2074,8 +2071,8 @@ class Server(ThreadingHTTPServer):
         """Serve, once the first probes have told who serves what, or have had a second for it."""
         began = time.monotonic()
         self.service_actions()
-        while self.backends and time.monotonic() < began + PARTING_SECONDS and (
-                self.settings.probe_interval and not all(b.probed for b in self.backends.all)):
+        while time.monotonic() < began + PARTING_SECONDS and self.backends and (
+                any(backend.probing for backend in self.backends.all)):
             time.sleep(0.002)
         super().serve_forever(poll_interval)
 

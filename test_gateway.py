@@ -2644,7 +2644,8 @@ def several(*scripts, urls=(), settle=True, **knobs):
             urls = ",".join([*(backend.url for backend in backends), *urls])
             server = stack.enter_context(serve(backend_url=urls, **knobs))
             probed = settle and knobs.get("probe_interval")
-            eventually(lambda: not probed or all(each.probed for each in server.backends.all))
+            eventually(lambda: not probed or all(
+                each.probe_at and not each.probing for each in server.backends.all))
             yield server.port, *backends
     finally:
         eventually(lambda: not server or not any(each.probing for each in server.backends.all))
