@@ -1643,7 +1643,8 @@ class Handler(BaseHTTPRequestHandler):
         """Note whose key the request bears; raises 401 if it is nobody's."""
         name = key_name(self.server.keys, self.asked.index.get(b"authorization", b""))
         if not name:
-            raise APIError(401, "invalid_api_key", "send a valid key of this gateway:"
+            raise APIError(401, "invalid_api_key",  # LiteLLM knows a 401 by OpenAI's first words
+                           "Incorrect API key provided: send one of this gateway's,"
                            " 'Authorization: Bearer KEY'", fields=b"WWW-Authenticate: Bearer\r\n")
         self.record.key = name
 
@@ -1687,13 +1688,14 @@ class Handler(BaseHTTPRequestHandler):
         record, path, model = self.record, self.asked.path, None
         if self.asked.method != "POST":
             return urllib.parse.unquote(path.partition("/v1/models/")[2]) or None
+        must_parse = path in PARSED and b"content-encoding" not in self.asked.index
         start = body[:64].lstrip()
-        if path in PARSED or start[:1] == b"{":
+        if must_parse or start[:1] == b"{":
             try:
                 asked = parse_json(body)
                 record.stream, model = asked.get("stream") is True, asked.get("model")
             except APIError:
-                if path in PARSED:
+                if must_parse:
                     raise
         elif start[:2] == b"--":  # a form, with the audio to be transcribed
             field = FORM_MODEL.search(body[:FORM_BYTES]) or FORM_MODEL.search(body[-FORM_BYTES:])

@@ -23,6 +23,7 @@ Asked by the header X-Mock, it misbehaves as real backends do, in one or several
 """
 
 import argparse
+import base64
 import collections
 import json
 import os
@@ -30,6 +31,7 @@ import re
 import signal
 import socket
 import socketserver
+import struct
 import sys
 import time
 import urllib.parse
@@ -74,7 +76,9 @@ def reply_to(method, path, body, request_id, models, tokens):
             return 200, completion("chat" in path, asked, request_id, model, tokens)
         case "POST", "/v1/embeddings":
             count = len(asked["input"]) if isinstance(asked.get("input"), list) else 1
-            vector = {"object": "embedding", "embedding": [0.6, 0.0, 0.8]}
+            vector = {"object": "embedding", "embedding": [0.5, 0.0, 0.25]}
+            if asked.get("encoding_format") == "base64":  # the SDKs ask for it unasked
+                vector["embedding"] = base64.b64encode(struct.pack("<3f", 0.5, 0.0, 0.25)).decode()
             return 200, {"object": "list", "data": [{**vector, "index": n} for n in range(count)],
                          "model": model, "usage": {"prompt_tokens": count, "total_tokens": count}}
     return 404, f"The mock backend has no {method} {path}"
@@ -113,7 +117,8 @@ def encode(status, value):
         pieces[-1] += b"0\r\n\r\n"
         return {"Content-Type": "text/event-stream", "Transfer-Encoding": "chunked"}, pieces
     if isinstance(value, str):
-        kind = "server_error" if status >= 500 else "invalid_request_error"
+        kind = "server_error" if status >= 500 else (
+            "rate_limit_error" if status == 429 else "invalid_request_error")
         value = {"error": {"message": value, "type": kind, "param": None, "code": "mock"}}
     body = json.dumps(value).encode()
     return {"Content-Type": "application/json", "Content-Length": len(body)}, [body]

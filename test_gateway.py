@@ -1920,6 +1920,16 @@ def test_bytes_in_are_bytes_out_both_ways():
             assert seen(backend).one("content-type") == kind
 
 
+def test_what_is_compressed_is_the_backend_s_to_judge():
+    body = gzip.compress(CHAT)
+    with forward(mirror) as (port, backend):
+        for path in (CHATS, "/v1/completions"):
+            reply = ask(port, "POST", path, body, "Content-Encoding: gzip")
+            assert (reply.status, reply.body) == (200, body)
+            assert seen(backend).one("content-encoding") == "gzip"
+            assert ask(port, "POST", path, body).error()["code"] == "invalid_json"
+
+
 def test_a_chunked_request_body_arrives_whole_with_a_length():
     with forward(mirror) as (port, backend), Client(port) as client:
         client.send(b"POST /v1/files HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n"
@@ -2443,7 +2453,8 @@ def says_mock(reply, words=1):
     ("delay=0.1", CHAT, 200, says_mock), ("delay=0.1", STREAM, 200, says_mock),
     ("tokens=3", CHAT, 200, lambda reply: says_mock(reply, 3)),
     ("tokens=3, interval=0.05", STREAM, 200, lambda reply: says_mock(reply, 3)),
-    ("status=429", CHAT, 429, lambda reply: reply.one("retry-after") == "1"),
+    ("status=429", CHAT, 429, lambda reply: (reply.one("retry-after"), reply.error()["type"]) == (
+        "1", "rate_limit_error")),
     ("status=500", STREAM, 500, lambda reply: reply.error()["type"] == "server_error"),
     ("status=204", CHAT, 204, lambda reply: not reply.body),
     ("cut", CHAT, 200, lambda reply: reply.cut),
@@ -2467,6 +2478,9 @@ def test_what_else_the_mock_has_directly_and_through_the_gateway(mock):
             ("POST", "/v1/embeddings", b'{"input": "a"}', lambda value: len(value["data"]) == 1))):
         reply = ask(port, method, path, body)
         assert reply.status == 200 and find(reply.json()), path
+    vector, packed = (ask(mock[1], "POST", "/v1/embeddings", body).json()["data"][0]["embedding"]
+                      for body in (b"{}", b'{"encoding_format": "base64"}'))
+    assert list(struct.unpack("<3f", base64.b64decode(packed))) == vector
     for body in (b"", b"[]", b"no JSON", b'{"messages": 5}'):
         assert says_mock(ask(mock[0], "POST", CHATS, body, f"X-Request-ID: {ID}"))
 
@@ -3379,6 +3393,7 @@ def test_what_is_not_exactly_a_key_is_401_and_reaches_no_backend(fields, log, tm
             client.send(request("POST", CHATS, CHAT, "X-Request-ID: i", *fields))
             reply, line = client.reply(), lines_of(log)[0]
             assert (reply.status, reply.error()["code"]) == (401, "invalid_api_key")
+            assert reply.error()["message"].startswith("Incorrect API key provided")  # LiteLLM
             assert reply.one("www-authenticate").startswith("Bearer")
             assert reply.error()["type"] == "invalid_request_error"
             assert reply.one("x-request-id") == "i" and b"s3cret" not in reply.body
