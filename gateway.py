@@ -577,7 +577,7 @@ def token_usage(first, recent):
     escaped: a model cannot write a usage into its text.
     """
     at = recent.rfind(b'"usage"')
-    begun = USAGE.search(first, 0, USAGE_BYTES) if first is not recent else None
+    begun = USAGE.search(first, 0, USAGE_BYTES)
     while at >= 0 and not USAGE.match(recent, at):
         at = recent.rfind(b'"usage"', 0, at)
     told = TOKENS.findall(recent, at, at + USAGE_BYTES) if at >= 0 else []
@@ -949,8 +949,8 @@ class Link:
 class Pool(urllib.request.BaseHandler):
     """The handler of urllib's opener for http and https: it keeps links alive.
 
-    Invariant: an open link is in `_idle`, or the `link` of one request, or put aside by the _try of
-    that; the first two change under `_lock` alone. Nothing that is done under it blocks.
+    Invariant: an open link is in `_idle`, or the `link` of one request, or put aside by its _try;
+    from the first two it goes under `_lock` alone. Nothing that is done under that blocks.
     """
 
     def __init__(self, settings):
@@ -1092,9 +1092,9 @@ class Pool(urllib.request.BaseHandler):
             request.cancelled = True
             if request.turn:
                 request.turn.set()
-            if request.link:
+            if link := request.link:
                 with suppress(OSError):
-                    socket.socket.shutdown(request.link.sock, socket.SHUT_RDWR)  # below any TLS
+                    socket.socket.shutdown(link.sock, socket.SHUT_RDWR)  # below any TLS
 
     def expire(self):
         """Close the links that have been idle for too long."""
@@ -1170,21 +1170,23 @@ class Backends:
         """
         tried, answer, failure, only_free = [], None, None, False
         left = 2 if request.repeatable else 1
-        while left and self._choose(request, tried, only_free):
-            tried.append(request.backend)
-            try:
-                answer = self._try(request, record)
-                only_free = answer.head.status == 429
-                if not only_free and answer.head.status not in BUSY:
-                    break
-            except Unreachable as error:
-                failure = failure or error
-                continue
-            except Broken as error:
-                failure, only_free = error, False
-            left -= 1
-        record.backend = (answer or failure).backend.url
         try:
+            while left and self._choose(request, tried, only_free):
+                tried.append(request.backend)
+                try:
+                    answer = self._try(request, record)
+                    only_free = answer.head.status == 429
+                    if not only_free and answer.head.status not in BUSY:
+                        break
+                except Unreachable as error:
+                    failure = failure or error
+                    continue
+                except Broken as error:
+                    failure, only_free = error, False
+                left -= 1
+            if request.cancelled:  # perhaps when it had no link, between two answers
+                raise ClientGone
+            record.backend = (answer or failure).backend.url
             if answer:
                 return answer
             if isinstance(failure, Unreachable) and len(self.all) > 1:

@@ -5123,7 +5123,7 @@ def test_a_connection_whose_reply_began_before_a_drain_may_send_one_more_request
 # -- what an attacker found in the second writing --------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ("refused", "broken", "failover", "stale"))
+@pytest.mark.parametrize("case", ("refused", "broken", "failover", "stale", "silent"))
 def test_nothing_holds_a_request_that_has_ended(case):
     """An error that holds its frame, which holds the error, would wait for the collector, and the
     request's body with it."""
@@ -5131,14 +5131,18 @@ def test_nothing_holds_a_request_that_has_ended(case):
         while played.request():
             if case in ("broken", "failover") and number == 1 or case == "broken":
                 return played.send(b"no HTTP\r\n\r\n")
+            if case == "silent":
+                return played.wait_for_end()
             played.send(response())
             if case == "stale":
                 return
     urls = [dead_address()] if case in ("refused", "failover") else []
     with contextlib.ExitStack() as stack:
+        if case == "silent":  # the other one breaks before
+            urls.append(stack.enter_context(PlayedBackend(lambda played, _: played.request())).url)
         if case != "refused":
             urls.append(stack.enter_context(PlayedBackend(script)).url)
-        server = stack.enter_context(serve(backend_url=",".join(urls)))
+        server = stack.enter_context(serve(backend_url=",".join(urls), backend_timeout=1))
         gc.collect()
         gc.disable()
         stack.callback(gc.enable)
@@ -5188,11 +5192,32 @@ def test_usage_is_that_of_the_last_usage_object_however_it_comes():
     for events, counted in ((anthropic, (25, 15)), ([USED | tool], (7, 5)),
                             ([USED, tool], (7, 5))):
         data = events_of(*events, b"[DONE]")
-        for pieces in (data, [b"".join(data)]):
-            with forward(answers(STREAM_HEAD + chunked(*pieces))) as (port, _), (
-                    Meter(port)) as meter:
+        whole = b"".join(data)
+        for answer in (STREAM_HEAD + chunked(*data), STREAM_HEAD + chunked(whole), response(whole)):
+            with forward(answers(answer)) as (port, _), Meter(port) as meter:
                 assert ask(port, "POST", "/v1/messages", STREAM).status == 200
                 meter.expect(tokens_of(counted), "token_usage")
+
+
+def test_a_client_that_leaves_just_before_an_earlier_answer_is_taken_up_again_is_gone():
+    def busy(played, number):
+        played.request()
+        played.send(b"HTTP/1.1 503 Busy\r\nContent-Length: 99\r\n\r\n")
+        played.wait_for_end()
+    with PlayedBackend(busy) as first, PlayedBackend(lambda played, _: played.request()) as (
+            second), serve(backend_url=f"{first.url},{second.url}") as server, (
+            Client(server.port)) as client:
+        failed, cancel = server.backends.failed, server.backends.pool.cancel
+        noticed = threading.Event()
+        def fail(backend, *how, **more):
+            failed(backend, *how, **more)
+            if backend.url == second.url:
+                client.socket.close()
+                assert noticed.wait(SECONDS)
+        server.backends.failed = fail
+        server.backends.pool.cancel = lambda request: (cancel(request), noticed.set())
+        client.send(request("POST", CHATS, CHAT))
+        eventually(lambda: first.ended and not server.connections)
 
 
 def test_no_part_of_a_proxy_s_password_is_told(proxies, capfd):
