@@ -336,8 +336,8 @@ CORS_FIELDS = {b"access-control-allow-origin", b"access-control-allow-credential
 
 TOKEN, VALUE = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", rb"[^\x00-\x08\n-\x1f\x7f]*"
 FIELD = re.compile(rb"(%b):(%b)" % (TOKEN, VALUE))
-REQUEST_LINE = re.compile(rb"(%b) ([!\"$-~]+) HTTP/([0-9])\.([0-9])" % TOKEN)
-STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (%b))?" % VALUE)
+REQUEST_LINE = re.compile(rb"(%b) ([!\"$-~]+) HTTP/([0-9])\.(?P<minor>[0-9])" % TOKEN)
+STATUS_LINE = re.compile(rb"HTTP/1\.(?P<minor>[01]) ([1-9][0-9][0-9])(?: (%b))?" % VALUE)
 # The size line of a chunk, with the CR LF that ends the chunk before it; and the trailers.
 CHUNK = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})(?:[ \t]*;%b)?\r\n" % VALUE)
 TRAILERS = re.compile(rb"(?:%b:%b\r\n)*+\r\n" % (TOKEN, VALUE))
@@ -396,42 +396,39 @@ def parse_field(line):
     return match[1].lower(), match[2].strip(b" \t")
 
 
-def parse_head(head, drop):
-    """Return a head's first line, its values by lower-case name, the options of its Connection,
-    and its lines, as bytes, whose names are neither in `drop` nor among the options.
+def parse_head(head, drop, first_line, form):
+    """Return the match of a head's first line, its values by lower-case name, whether its sender
+    keeps the connection open (9.3), and its lines, as bytes, but for those of fields that are in
+    `drop` or that Connection names.
     """
     start, *lines = head.split(b"\r\n")
     if len(lines) > MAX_FIELDS:
         raise Malformed(f"a head may have {MAX_FIELDS} fields; send less", 431)
-    fields = [parse_field(line) for line in lines]
+    fields, match = [parse_field(line) for line in lines], first_line.fullmatch(start)
+    if not match:
+        raise Malformed(f"the first line is not of the form '{form}'")
     index = dict(fields)
     if len(index) < len(fields):
         index = {name: b", ".join(value for same, value in fields if same == name)
                  for name in index}
     options = {option.strip(b" \t") for option in index.get(b"connection", b"").lower().split(b",")}
-    return start, index, options, b"".join([
+    persistent = b"close" not in options and (match["minor"] != b"0" or b"keep-alive" in options)
+    return match, index, persistent, b"".join([
         line + b"\r\n" for line, (name, _) in zip(lines, fields)
         if name not in drop and name not in options])
-
-
-def is_persistent(options, minor):
-    """Tell whether who sent these options of Connection keeps the connection open (9.3)."""
-    return b"close" not in options and (minor == 1 or b"keep-alive" in options)
 
 
 @remembered
 def parse_request(head, drop):
     """Return the Request (3) that a head is; raises Malformed: 400, 431, 501 or 505."""
-    line, index, options, fields = parse_head(head, drop)
-    match = REQUEST_LINE.fullmatch(line)
-    if not match:
-        raise Malformed("the request line is not of the form 'METHOD /path HTTP/1.1'")
+    match, index, persistent, fields = parse_head(
+        head, drop, REQUEST_LINE, "METHOD /path HTTP/1.1")
     if match[3] != b"1":
         raise Malformed("set the client to HTTP/1.1", 505)
     method, minor = match[1].decode(), min(int(match[4]), 1)
     authority, path, target = parse_target(method, match[2], index.get(b"host"), minor)
     return Request(method, path, target, minor, authority, body_length(index, minor, 0),
-                   is_persistent(options, minor), index, fields)
+                   persistent, index, fields)
 
 
 def parse_target(method, target, host, minor):
@@ -474,18 +471,16 @@ def body_length(index, minor, otherwise):
 @remembered
 def parse_response(head, drop, to_head):
     """Return the Head (4, 6.3) of a response, if `to_head` to HEAD; raises Malformed."""
-    line, index, options, fields = parse_head(head, drop)
-    match = STATUS_LINE.fullmatch(line)
-    if not match or match[2] == b"101":  # nobody asked to switch protocols
-        raise Malformed("its status line is not of the form 'HTTP/1.1 200 OK'")
-    minor, status = int(match[1]), int(match[2])
-    persistent = is_persistent(options, minor)
+    match, index, persistent, fields = parse_head(head, drop, STATUS_LINE, "HTTP/1.1 200 OK")
+    status = int(match[2])
+    if status == 101:
+        raise Malformed("nobody asked to switch protocols")
     if to_head or status in (204, 304):
         # Some send the body that is only announced here: it must not be the next response.
         length, owed = 0, index.get(b"content-length", b"0") != b"0"
         persistent = persistent and not owed and b"transfer-encoding" not in index
     else:
-        length = body_length(index, minor, UNTIL_CLOSE)
+        length = body_length(index, int(match["minor"]), UNTIL_CLOSE)
         if UNTIL_CLOSE > length >= 10 ** 15:
             raise Malformed("its Content-Length is beyond belief")
     return Head(status, match[3] or b"", length, persistent, index, fields)
@@ -569,31 +564,21 @@ def parse_json(body):
     return value
 
 
-def token_usage(first, recent):
+def token_usage(answer):
     """Return the tokens that an answer tells: {"input": n, "output": n}, or less.
 
-    They stand in the last usage in `recent`, the end of the answer; what does not, in the first one
-    in `first`, its beginning (message_start of /v1/messages). In a JSON string the quotes would be
-    escaped: a model cannot write a usage into its text.
+    They stand in its last usage; what does not, in its first one (message_start of /v1/messages).
+    In a JSON string the quotes would be escaped: a model cannot write a usage into its text.
     """
-    at = recent.rfind(b'"usage"')
-    begun = USAGE.search(first, 0, USAGE_BYTES)
-    while at >= 0 and not USAGE.match(recent, at):
-        at = recent.rfind(b'"usage"', 0, at)
-    told = TOKENS.findall(recent, at, at + USAGE_BYTES) if at >= 0 else []
-    if begun:
-        told += TOKENS.findall(first, begun.start(), begun.start() + USAGE_BYTES)
+    at, told = answer.rfind(b'"usage"'), []
+    while at >= 0 and not USAGE.match(answer, at):
+        at = answer.rfind(b'"usage"', 0, at)
+    if at >= 0:
+        told = TOKENS.findall(answer, at, at + USAGE_BYTES)
+    if len(told) < 2 and (begun := USAGE.search(answer, 0, USAGE_BYTES)):
+        told += TOKENS.findall(answer, begun.start(), begun.start() + USAGE_BYTES)
     return {"input" if name in (b"prompt", b"input") else "output": int(count)
             for name, count in reversed(told)}  # what is behind the usage does not count
-
-
-def key_name(keys, authorization):
-    """Return the name of the key that an Authorization field presents (RFC 6750), or None."""
-    scheme, _, presented = authorization.partition(b" ")
-    presented = presented.strip(b" ") if scheme.lower() == b"bearer" else b""
-    # All are compared, each in constant time: how long it takes tells nothing of any.
-    found = [name for name, key in keys if compare_digest(key, presented)]
-    return found[0] if found else None
 
 
 def cors_fields(origin, allowed):
@@ -707,7 +692,7 @@ class Record:
     request_id = ""  # none is known yet; "-" would be a valid one
     method = path = model = backend = key = trace_id = "-"
     outcome = result = "ok"
-    stream, answer, tries, status, bytes, waited = False, None, (), 0, 0, 0
+    stream, answer, tries, status, bytes, waited = False, b"", (), 0, 0, 0
     first = first_piece = asked = None
 
     def __init__(self, client):
@@ -775,7 +760,7 @@ class Metrics:
         if record.stream and record.first_piece and record.status == 200:
             add("gen_ai_server_time_to_first_token_seconds",
                 record.first_piece - record.began, operation)
-        for kind, tokens in token_usage(*record.answer).items() if record.answer else ():
+        for kind, tokens in token_usage(record.answer).items():
             add("gen_ai_client_token_usage", tokens, kind)
 
     def render(self):
@@ -836,7 +821,7 @@ class Ledger:
             for record in records:
                 self._metrics.count(record)
                 self.lines.append(record.line(self._form))
-                record.answer = None  # an idle connection keeps its last record
+                record.answer = b""  # an idle connection keeps its last record
 
     def settle(self, due=True):
         """Count what has ended; write its lines, if it is time to, or they are many."""
@@ -1642,13 +1627,15 @@ class Handler(BaseHTTPRequestHandler):
             self.echo(parse_json(self.read_body()))
 
     def authenticate(self):
-        """Note whose key the request bears; raises 401 if it is nobody's."""
-        name = key_name(self.server.keys, self.asked.index.get(b"authorization", b""))
-        if not name:
+        """Note whose key the request bears (RFC 6750); raises 401 if it is nobody's."""
+        scheme, _, key = self.asked.index.get(b"authorization", b"").partition(b" ")
+        # All are compared, each in constant time: how long it takes tells nothing of any.
+        names = [name for name, own in self.server.keys if compare_digest(own, key.strip(b" "))]
+        if scheme.lower() != b"bearer" or not names:
             raise APIError(401, "invalid_api_key",  # LiteLLM knows a 401 by OpenAI's first words
                            "Incorrect API key provided: send one of this gateway's,"
                            " 'Authorization: Bearer KEY'", fields=b"WWW-Authenticate: Bearer\r\n")
-        self.record.key = name
+        self.record.key = names[0]
 
     def echo(self, asked):
         """Answer a chat completion request by ourselves."""
@@ -1660,9 +1647,8 @@ class Handler(BaseHTTPRequestHandler):
                 pass
             self.open_ended = False
             return
-        body = echo.completion()
-        record.answer = body, body
-        self.reply(200, body)
+        record.answer = echo.completion()
+        self.reply(200, record.answer)
 
     def forward(self):
         """Answer with what a backend answers."""
@@ -1740,7 +1726,7 @@ class Handler(BaseHTTPRequestHandler):
         self.write_head(head.status, head.reason, fields, length,
                         response.rest if response.whole else b"")
         if response.whole:
-            record.answer = response.rest, response.rest[-RECEIVE_BYTES:]
+            record.answer = response.rest
             return
         steps = self.relay_pieces(response.pieces, events, events and head.length == UNTIL_CLOSE)
         try:
@@ -1788,7 +1774,7 @@ class Handler(BaseHTTPRequestHandler):
             self.write_piece(tail)
         if self.chunked:
             self.send(b"0\r\n\r\n")
-        self.record.answer = first, recent
+        self.record.answer = first + recent
 
     def reply(self, status, body=b"", fields=b"", kind=JSON_TYPE):
         """Answer with a body of our own."""
