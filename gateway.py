@@ -851,9 +851,9 @@ MAX_RETRY_AFTER = 300   # seconds that a backend may ask for
 MAX_LIST_PIECES = 64    # of a list of models, each of up to RECEIVE_BYTES
 BUSY = frozenset((502, 503, 504, 508))  # it, or one behind it, cannot answer now: another may
 
-# `rest` is what of the body came with the head, `whole` tells that this is all of it; `pieces`
-# yields the body as it comes, and raises Broken or BackendTimeout if that does not become whole.
-Response = namedtuple("Response", "backend head rest whole pieces")
+# `body` is None if it has not all come with the head; `pieces` yields it as it comes, and raises
+# Broken or BackendTimeout if it does not become whole.
+Response = namedtuple("Response", "backend head body pieces")
 
 
 def set_timeouts(sock, receive, send):
@@ -953,7 +953,7 @@ class Pool(urllib.request.BaseHandler):
         except NoAnswer as error:
             if not (link.idle_since and request.repeatable) or request.cancelled:
                 raise
-            self.release(request, False)
+            self.release(request)
             try:
                 link = self._dial(request)
             except Unreachable:
@@ -971,7 +971,7 @@ class Pool(urllib.request.BaseHandler):
             fresh = time.monotonic() - link.idle_since < IDLE_SECONDS
             if fresh and link.poller and not link.poller.poll(0):  # no bytes have come, and no end
                 return link
-            self.release(request, False)
+            self.release(request)
 
     def _dial(self, request):
         """Give the request a new link, and return it; raises Unreachable."""
@@ -1033,10 +1033,10 @@ class Pool(urllib.request.BaseHandler):
                          f" {error.message.removesuffix('; send less')}") from None
         link.persistent = link.persistent and head.persistent
         if not 0 <= head.length <= len(data):
-            return Response(backend, head, data, False, self._pieces(request, link, head, data))
+            return Response(backend, head, None, self._pieces(request, link, head, data))
         self.release(request, head.length == len(data))
         data = data[:head.length]
-        return Response(backend, head, data, True, (data,))
+        return Response(backend, head, data, (data,))
 
     def _pieces(self, request, link, head, data):
         """Yield a response's body, of which `data` has come; see Response. Pieces may be empty."""
@@ -1057,19 +1057,15 @@ class Pool(urllib.request.BaseHandler):
                 raise Broken("the backend closed the connection in the middle of its response; its"
                              " own log may say why")
 
-    def release(self, request, at_boundary):
+    def release(self, request, at_boundary=False):
         """Take its link from a request: keep it for the next one if that is safe, else close it."""
         with self._lock:
             link, request.link = request.link, None
             if at_boundary and link.persistent and not request.cancelled:
                 link.idle_since = time.monotonic()
                 return self._idle[link.key].append(link)
-        link.sock.close()
-
-    def close(self, request):
-        """Close the link that a request holds still: what it asked for is not wanted any more."""
-        if request.link:
-            self.release(request, False)
+        if link:
+            link.sock.close()
 
     def cancel(self, request):
         """End a request from another thread: what waits for it sees the end at once."""
@@ -1232,7 +1228,7 @@ class Backends:
             raise
         finally:
             if not answer:
-                self.pool.close(request)
+                self.pool.release(request)
                 request.link = spare
             elif spare:
                 spare.sock.close()
@@ -1241,7 +1237,7 @@ class Backends:
 
     def close(self, request):
         """The request has ended: stop what backends still do for it."""
-        self.pool.close(request)
+        self.pool.release(request)
         with self._lock:
             request.backend.in_flight -= 1
 
@@ -1313,7 +1309,7 @@ class Backends:
         except Exception:
             note_internal_error(self.settings, backend.url)
         finally:
-            self.pool.close(request)
+            self.pool.release(request)
             backend.probing = None
 
     def models(self):
@@ -1719,14 +1715,13 @@ class Handler(BaseHTTPRequestHandler):
         if events:
             fields += b"".join(line for name, line in UNBUFFERED.items() if name not in index)
         events = events and b"content-encoding" not in index
-        length = UNTIL_CLOSE if events and not response.whole else head.length
+        length = UNTIL_CLOSE if events and response.body is None else head.length
         if record.method == "HEAD" or head.status in (204, 304):  # tell what a GET would have
             told = index.get(b"content-length", b"") if head.status != 204 else b""
             length = int(told) if told.isdigit() and len(told) < 16 else None
-        self.write_head(head.status, head.reason, fields, length,
-                        response.rest if response.whole else b"")
-        if response.whole:
-            record.answer = response.rest
+        self.write_head(head.status, head.reason, fields, length, response.body or b"")
+        if response.body is not None:
+            record.answer = response.body
             return
         steps = self.relay_pieces(response.pieces, events, events and head.length == UNTIL_CLOSE)
         try:
