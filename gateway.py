@@ -277,12 +277,12 @@ class Malformed(APIError):
 
 
 class BackendError(APIError):
-    """A backend failed, and is then left alone."""
+    """A backend failed, and is then left alone; `what` it did, and `advice` on what to do now."""
 
-    status_and_code = 502, "backend_error"
+    status, code, advice = 502, "backend_error", "its own log may say why"
 
-    def __init__(self, message):
-        super().__init__(*self.status_and_code, message)
+    def __init__(self, what):
+        super().__init__(self.status, self.code, f"the backend {what}; {self.advice}")
 
 
 class Broken(BackendError):
@@ -296,13 +296,13 @@ class NoAnswer(Broken):
 class Unreachable(BackendError):
     """No connection to it was made: it has not seen the request."""
 
-    status_and_code = 502, "backend_unreachable"
+    code, advice = "backend_unreachable", "is it running? BACKEND_URL right?"
 
 
 class BackendTimeout(BackendError):
     """It was silent for too long; it may be at work still."""
 
-    status_and_code = 504, "backend_timeout"
+    status, code, advice = 504, "backend_timeout", "try again later, or raise BACKEND_TIMEOUT"
 
 
 class ClientGone(Exception):
@@ -816,9 +816,8 @@ class Ledger:
     def count(self):
         """Count what has ended."""
         with self._metrics.lock:
-            records = self.ended[:]
-            del self.ended[:len(records)]
-            for record in records:
+            while self.ended:
+                record = self.ended.pop(0)
                 self._metrics.count(record)
                 self.lines.append(record.line(self._form))
                 record.answer = b""  # an idle connection keeps its last record
@@ -925,8 +924,7 @@ class Link:
         try:
             return self.sock.recv(RECEIVE_BYTES, flags)
         except (TimeoutError, BlockingIOError):
-            raise BackendTimeout(f"the backend was silent for {self.patience} seconds; try again"
-                                 " later, or raise BACKEND_TIMEOUT") from None
+            raise BackendTimeout(f"was silent for {self.patience} seconds") from None
         except OSError:
             return None
 
@@ -987,9 +985,8 @@ class Pool(urllib.request.BaseHandler):
             connection.connect()
         except (OSError, http.client.HTTPException, ValueError) as error:
             why = ascii(str(error))[1:-1]  # a proxy may have chosen its words
-            raise Unreachable(f"the backend {scheme}://{host} cannot be reached"
-                              f"{' by its proxy' if proxy else ''}: {why}; is it running?"
-                              " BACKEND_URL right?") from None
+            raise Unreachable(f"{scheme}://{host} cannot be reached"
+                              f"{' by its proxy' if proxy else ''}: {why}") from None
         connection.sock.settimeout(None)
         if scheme == "https":
             connection.sock.suppress_ragged_eofs = False  # an end without its alert is a cut (9.8)
@@ -1016,21 +1013,19 @@ class Pool(urllib.request.BaseHandler):
             link.persistent = False
             if isinstance(error, (TimeoutError, BlockingIOError)) and not (
                     link.poller and link.poller.poll(0)):
-                raise BackendTimeout("the backend does not take the request; try again") from None
+                raise BackendTimeout("does not take the request") from None
         try:
             while not head or head.status < 200:
                 scanned = 0
                 while not data or (end := find_head(data, scanned)) < 0:
                     scanned, piece = len(data), link.receive()
                     if not piece:
-                        raise failure("the backend closed the connection before its response was"
-                                      " there; its own log may say why")
+                        raise failure("closed the connection before its response was there")
                     data, failure = data + piece, Broken
                 head = parse_response(data[:end], self._dropped, request.method == "HEAD")
                 data = data[end + 4:]
         except Malformed as error:
-            raise Broken("the backend broke HTTP, its own log may say why:"
-                         f" {error.message.removesuffix('; send less')}") from None
+            raise Broken(f"broke HTTP: {error.message.removesuffix('; send less')}") from None
         link.persistent = link.persistent and head.persistent
         if not 0 <= head.length <= len(data):
             return Response(backend, head, None, self._pieces(request, link, head, data))
@@ -1049,13 +1044,12 @@ class Pool(urllib.request.BaseHandler):
             if body.done:
                 return
             if body.malformed:
-                raise Broken("the backend broke HTTP: its body's chunks are malformed")
+                raise Broken("broke HTTP: its body's chunks are malformed")
             data = link.receive(request.flags)
             if data == b"" and head.length == UNTIL_CLOSE and not request.cancelled:
                 return
             if not data:
-                raise Broken("the backend closed the connection in the middle of its response; its"
-                             " own log may say why")
+                raise Broken("closed the connection in the middle of its response")
 
     def release(self, request, at_boundary=False):
         """Take its link from a request: keep it for the next one if that is safe, else close it."""
@@ -1432,11 +1426,12 @@ class Handler(BaseHTTPRequestHandler):
     Invariant: `buffer` holds what came and was not used; `forwarding` is the BackendRequest under
     way, which Server.sweep cancels if the client has gone, unless we are `deaf` to that; while a
     request is awaited, `idle_since` is set; FIN would pass an `open_ended` reply off as whole;
-    while Streams makes the steps of our relay, we are `lent`, and all this is its thread's.
+    while Streams makes the steps of our relay, all this is its thread's, and `lent` a queue for it
+    to say that it is done.
     """
 
     buffer, unsent, patience, length, forwarding, idle_since = b"", b"", 0, 0, None, None
-    deaf = open_ended = lent = False
+    deaf, open_ended, lent = False, False, None
 
     def setup(self):
         self.settings, self.connection, self.ids = self.server.settings, self.request, request_ids()
@@ -1763,8 +1758,7 @@ class Handler(BaseHTTPRequestHandler):
         recent += tail
         if unproven and (tail or self.record.path in PARSED and self.record.status == 200) and (
                 not LAST_EVENT.search(recent)):
-            raise Broken("the backend closed the connection before the end of its event stream; its"
-                         " own log may say why")
+            raise Broken("closed the connection before the end of its event stream")
         if tail:
             self.write_piece(tail)
         if self.chunked:
@@ -1913,8 +1907,8 @@ class Streams:
 
     A thread for each would sleep, wake and wait for the GIL at each event: of 32 streams one took
     38 us of CPU so, and takes 30. What else a stream needs (the end, an error, patience with a slow
-    client, TLS) is left to the thread of its connection. Only Linux has epoll. Invariant: of what
-    is in `_lent`, this thread alone makes the steps; that of the connection waits for `back`.
+    client, TLS) is left to the thread of its connection. Only Linux has epoll. Invariant: of the
+    handlers in `_lent` this thread alone makes the steps; that of the connection waits for `lent`.
     """
 
     def __init__(self):
@@ -1925,13 +1919,23 @@ class Streams:
         link, left bytes unsent (which are sent here) or ended; raises what one raised. Does nothing
         where that cannot be: then the caller makes the next step itself, and waits in it.
         """
-        request, link, back = handler.forwarding, handler.forwarding.link, SimpleQueue()
+        request, link, fault = handler.forwarding, handler.forwarding.link, None
         if not hasattr(select, "epoll") or not link or (
                 ssl.SSLSocket in (type(link.sock), type(handler.connection))):
             return
-        handler.lent, request.flags = True, socket.MSG_DONTWAIT
-        fault = back.get() if self._take(handler, steps, link, back) else None
-        handler.lent, request.flags = False, 0
+        handler.lent, request.flags = SimpleQueue(), socket.MSG_DONTWAIT
+        descriptor, link.idle_since = link.sock.fileno(), time.monotonic()
+        with suppress(OSError, RuntimeError):  # no descriptor is left, or no thread
+            with self._lock:
+                if not self._epoll:
+                    epoll = select.epoll()
+                    start_new_thread(self._run, (epoll,))
+                    self._epoll = epoll
+                with suppress(FileExistsError):  # the step that released the link is not yet over
+                    self._epoll.register(descriptor, select.EPOLLIN)
+                self._lent[descriptor] = handler, steps, link
+            fault = handler.lent.get()
+        handler.lent, request.flags = None, 0
         unsent, handler.unsent = handler.unsent, b""
         try:
             if unsent:
@@ -1940,22 +1944,6 @@ class Streams:
                 raise fault
         finally:
             del fault  # as in Backends.open
-
-    def _take(self, handler, steps, link, back):
-        descriptor, link.idle_since = link.sock.fileno(), time.monotonic()
-        with self._lock:
-            try:
-                if not self._epoll:
-                    epoll = select.epoll()
-                    start_new_thread(self._run, (epoll,))
-                    self._epoll = epoll
-                self._lent[descriptor] = handler, steps, link, back
-                with suppress(FileExistsError):  # the step that released the link is not yet over
-                    self._epoll.register(descriptor, select.EPOLLIN)
-            except (OSError, RuntimeError):  # no descriptor is left, or no thread
-                self._lent.pop(descriptor, None)
-                return False
-        return True
 
     def _run(self, epoll):
         schedule("SCHED_OTHER")
@@ -1967,7 +1955,7 @@ class Streams:
                 self._step(descriptor, now)
             if now >= next_look:
                 next_look = now + SWEEP_SECONDS
-                for descriptor, (*_, link, _) in list(self._lent.items()):
+                for descriptor, (*_, link) in list(self._lent.items()):
                     if now - link.idle_since > link.patience:  # there the step raises
                         self._step(descriptor, now)
                 with self._lock:
@@ -1976,7 +1964,10 @@ class Streams:
                         return
 
     def _step(self, descriptor, now):
-        handler, steps, link, back = loan = self._lent[descriptor]
+        loan = self._lent.get(descriptor)
+        if not loan:
+            return  # it is being lent at this moment
+        handler, steps, link = loan
         link.idle_since, fault = now, None
         try:
             if next(steps, False) and handler.forwarding.link and not handler.unsent:
@@ -1988,7 +1979,7 @@ class Streams:
                 del self._lent[descriptor]
                 with suppress(OSError):  # it is closed
                     self._epoll.unregister(descriptor)
-        back.put(fault)
+        handler.lent.put(fault)
         del fault  # as in Backends.open
 
 
