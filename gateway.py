@@ -289,10 +289,6 @@ class Broken(BackendError):
     """It closed the connection, or broke HTTP, before its response was whole."""
 
 
-class NoAnswer(Broken):
-    """It closed the connection before the first byte of its response."""
-
-
 class Unreachable(BackendError):
     """No connection to it was made: it has not seen the request."""
 
@@ -723,7 +719,7 @@ class Metrics:
     """
 
     def __init__(self, workers, backends):
-        self.places, self.lock, width = {}, threading.RLock(), 0  # of a signal's handler too
+        self.places, self.lock, width = {}, threading.Lock(), 0
         for family, (_, labels, bounds) in FAMILIES.items():
             self.places[family] = places = {}
             for key in itertools.product(*(values or backends for values in labels.values())):
@@ -802,7 +798,7 @@ class Ledger:
 
     def __init__(self, settings, metrics):
         self.ended, self.lines, self._settled = [], [], 0.0
-        self._form, self._metrics, self._writing = settings.log_format, metrics, threading.RLock()
+        self._form, self._metrics, self._writing = settings.log_format, metrics, threading.Lock()
 
     def enter(self, record, alone):
         """Take a request that ends now; `alone`: count it at once."""
@@ -906,7 +902,7 @@ class BackendRequest(urllib.request.Request):
 class Link:
     """One connection to a backend; `key` is its scheme and host.
 
-    `idle_since` is when it was last used, or heard by Streams; 0 if it is new.
+    `idle_since` is when it was last used, or heard by Streams; 0 if it is new, or answers.
     `persistent` turns false if a request broke off (what follows would be taken for the rest of it)
     or the backend said close. Without poll (Windows), links are not used again.
     """
@@ -948,7 +944,7 @@ class Pool(urllib.request.BaseHandler):
         link = self._take(request) or self._dial(request)
         try:
             return self._exchange(request, link)
-        except NoAnswer as error:
+        except Broken as error:  # a link that was idle may have ended before it was used
             if not (link.idle_since and request.repeatable) or request.cancelled:
                 raise
             self.release(request)
@@ -996,7 +992,7 @@ class Pool(urllib.request.BaseHandler):
 
     def _exchange(self, request, link):
         """Send the request, and return the response behind any 1xx (RFC 9110, 15.2)."""
-        backend, body, head, data, failure = request.backend, request.data, None, b"", NoAnswer
+        backend, body, head, data = request.backend, request.data, None, b""
         if request.cancelled:
             raise ClientGone
         if link.patience != request.patience:
@@ -1020,8 +1016,8 @@ class Pool(urllib.request.BaseHandler):
                 while not data or (end := find_head(data, scanned)) < 0:
                     scanned, piece = len(data), link.receive()
                     if not piece:
-                        raise failure("closed the connection before its response was there")
-                    data, failure = data + piece, Broken
+                        raise Broken("closed the connection before its response was there")
+                    data, link.idle_since = data + piece, 0.0
                 head = parse_response(data[:end], self._dropped, request.method == "HEAD")
                 data = data[end + 4:]
         except Malformed as error:
@@ -1143,21 +1139,19 @@ class Backends:
         A time-out is final: the backend may be at work. The last answer stands; without one, the
         last failure of a backend that was reached; without that, the first one.
         """
-        tried, answer, failure, only_free = [], None, None, False
-        left = 2 if request.repeatable else 1
+        answer, failure, left = None, None, 2 if request.repeatable else 1
         try:
-            while left and self._choose(request, tried, only_free):
-                tried.append(request.backend)
+            while left and self._choose(request, record.tries, only_free=(
+                    answer and answer.head.status == 429)):
                 try:
                     answer = self._try(request, record)
-                    only_free = answer.head.status == 429
-                    if not only_free and answer.head.status not in BUSY:
+                    if answer.head.status != 429 and answer.head.status not in BUSY:
                         break
                 except Unreachable as error:
                     failure = failure or error
                     continue
                 except Broken as error:
-                    failure, only_free = error, False
+                    failure = error
                 left -= 1
             if request.cancelled:  # perhaps when it had no link, between two answers
                 raise ClientGone
@@ -1171,7 +1165,7 @@ class Backends:
         finally:
             del failure  # it holds this frame, and would be held by it, with the request's body
 
-    def _choose(self, request, tried, only_free):
+    def _choose(self, request, tries, only_free):
         """Direct the request to the backend to try next, and return whether there is one.
 
         It serves the model, or nobody does; it may be tried now, or the soonest; it is not silent,
@@ -1182,8 +1176,8 @@ class Backends:
             if request.model is not None and len(left) > 1:
                 left = [b for b in left if (b.free_at() <= now if b.models is None
                                             else request.model in b.models)] or left
-            if tried:
-                left = [b for b in left if b not in tried and (
+            if tries:
+                left = [b for b in left if b.url not in dict(tries) and (
                     not only_free or b.free_at() <= now)]
                 if not left:
                     return False
@@ -1632,14 +1626,13 @@ class Handler(BaseHTTPRequestHandler):
         """Answer a chat completion request by ourselves."""
         echo, record = Echo(asked, self.record.request_id), self.record
         record.model, record.stream = printable(echo.model), bool(asked.get("stream"))
-        if record.stream:
-            self.write_head(200, b"OK", EVENT_FIELDS + self.server.date, UNTIL_CLOSE)
-            for _ in self.relay_pieces(echo.events(), events=True):
-                pass
-            self.open_ended = False
-            return
-        record.answer = echo.completion()
-        self.reply(200, record.answer)
+        if not record.stream:
+            record.answer = echo.completion()
+            return self.reply(200, record.answer)
+        self.write_head(200, b"OK", EVENT_FIELDS + self.server.date, UNTIL_CLOSE)
+        for _ in self.relay_pieces(echo.events(), events=True):
+            pass
+        self.open_ended = False
 
     def forward(self):
         """Answer with what a backend answers."""
@@ -2229,11 +2222,6 @@ def bind_to_processor(number):
 
 def work(server):
     """Serve until told to stop, and drain; return the exit status."""
-    def end_at_once(number, _):
-        if not log_lock.locked():  # else who reads stderr has stalled
-            server.ledger.settle()
-        os._exit(128 + number)
-
     if server.settings.cpu_affinity:  # the process id: so that not all gateways take the first
         bind_to_processor((server.supervisor or os.getpid()) + server.number)
     schedule("SCHED_BATCH")
@@ -2245,7 +2233,7 @@ def work(server):
             threading.Event().wait()
     if not server.supervisor:
         for number in STOP:  # process 1 of a container would ignore them without a handler
-            signal.signal(number, end_at_once)
+            signal.signal(number, lambda number, _: os._exit(128 + number))
         if CAN_WAIT:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
         note(server.settings, DRAINING)
@@ -2269,14 +2257,13 @@ def start_workers(server, owed, workers):
             return note(server.settings,
                         f"no worker can be started: {error.strerror}; trying again")
         if not pid:
-            status = 1
             try:
                 server.metrics.row = server.metrics.rows[number]
                 server.number, server.loads[number] = number, 0
-                status = work(server)
+                os._exit(work(server))
             except BaseException:
                 note_internal_error(server.settings, f"worker {number}")
-            os._exit(status)
+                os._exit(1)
         workers[pid] = number, time.monotonic()
         del owed[0]
         if why:
