@@ -190,8 +190,7 @@ def read_settings(argv, environ):
         parser.error(f"unknown argument {name!a}; all are flags like --port=8080, see --help")
     settings.listen_fd = 3 if environ.get("LISTEN_PID") == str(os.getpid()) else None
     try:
-        keys, backend_key = settings.secrets = read_secrets(settings)
-        settings.tls = make_tls(settings)
+        settings.files = keys, backend_key, _ = read_files(settings)
     except ValueError as error:
         parser.error(error)
     if settings.listen_fd and environ.get("LISTEN_FDS") != "1":
@@ -207,8 +206,8 @@ def read_settings(argv, environ):
     return settings
 
 
-def read_secrets(settings):
-    """Return the clients' (name, key) pairs and the backends' key or ""; raises ValueError."""
+def read_files(settings):
+    """Return the clients' (name, key) pairs, the backends' key or "", and what make_tls returns."""
     def read(name, parse, otherwise):
         try:
             if not getattr(settings, name):
@@ -220,7 +219,7 @@ def read_secrets(settings):
             raise ValueError(f"{name.upper()}: {why}") from None
     return (settings.api_keys + read("api_keys_file", lambda text: named_keys(
         re.sub("(?m)^[ \t]*#.*", "", text) + "\n", "\n"), []),
-            read("backend_api_key_file", secret, settings.backend_api_key))
+            read("backend_api_key_file", secret, settings.backend_api_key), make_tls(settings))
 
 
 def make_tls(settings):
@@ -333,13 +332,14 @@ CORS_FIELDS = {b"access-control-allow-origin", b"access-control-allow-credential
 TOKEN, VALUE = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", rb"[^\x00-\x08\n-\x1f\x7f]*"
 FIELD = re.compile(rb"(%b):(%b)" % (TOKEN, VALUE))
 REQUEST_LINE = re.compile(rb"(%b) ([!\"$-~]+) HTTP/([0-9])\.(?P<minor>[0-9])" % TOKEN)
-STATUS_LINE = re.compile(rb"HTTP/1\.(?P<minor>[01]) ([1-9][0-9][0-9])(?: (%b))?" % VALUE)
+STATUS_LINE = re.compile(  # nobody asks to switch protocols (101)
+    rb"HTTP/1\.(?P<minor>[01]) (?!101)([1-9][0-9][0-9])(?: (%b))?" % VALUE)
 # The size line of a chunk, with the CR LF that ends the chunk before it; and the trailers.
 CHUNK = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})(?:[ \t]*;%b)?\r\n" % VALUE)
 TRAILERS = re.compile(rb"(?:%b:%b\r\n)*+\r\n" % (TOKEN, VALUE))
 NEVER_IN_A_HEAD = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n|\Z)|(?<!\r)\n")
 HOST = re.compile(rb"(?:[\w.~%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
-ABSOLUTE = re.compile(rb"https?://([^/?#]*)(.*)", re.I)
+ABSOLUTE = re.compile(rb"https?://([^/?#]*)/?(.*)", re.I)
 EMPTY_LINES = re.compile(rb"(?:\r\n)*+")
 LAST_EVENT = re.compile(rb"[\r\n]data: ?\[DONE\]")
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")
@@ -417,8 +417,7 @@ def parse_head(head, drop, first_line, form):
 @remembered
 def parse_request(head, drop):
     """Return the Request (3) that a head is; raises Malformed: 400, 431, 501 or 505."""
-    match, index, persistent, fields = parse_head(
-        head, drop, REQUEST_LINE, "METHOD /path HTTP/1.1")
+    match, index, persistent, fields = parse_head(head, drop, REQUEST_LINE, "METHOD /path HTTP/1.1")
     if match[3] != b"1":
         raise Malformed("set the client to HTTP/1.1", 505)
     method, minor = match[1].decode(), min(int(match[4]), 1)
@@ -435,8 +434,7 @@ def parse_target(method, target, host, minor):
     if target[:1] != b"/":
         absolute = ABSOLUTE.fullmatch(target)
         if absolute and HOST.fullmatch(absolute[1]):  # overrides Host (3.2.2)
-            authority, target = absolute[1], absolute[2]
-            target = target if target[:1] == b"/" else b"/" + target
+            authority, target = absolute[1], b"/" + absolute[2]
         elif method != "OPTIONS" or target != b"*":
             raise Malformed("the request target is neither a path nor an http:// address")
     path = target.partition(b"?")[0]  # dots could lead a backend to a path that is not below /v1
@@ -469,8 +467,6 @@ def parse_response(head, drop, to_head):
     """Return the Head (4, 6.3) of a response, if `to_head` to HEAD; raises Malformed."""
     match, index, persistent, fields = parse_head(head, drop, STATUS_LINE, "HTTP/1.1 200 OK")
     status = int(match[2])
-    if status == 101:
-        raise Malformed("nobody asked to switch protocols")
     if to_head or status in (204, 304):
         # Some send the body that is only announced here: it must not be the next response.
         length, owed = 0, index.get(b"content-length", b"0") != b"0"
@@ -887,11 +883,10 @@ class BackendRequest(urllib.request.Request):
 
     `link` is the one that it holds; `patience` is how many seconds a backend may be silent;
     `cancelled` tells that the client, or the time of a probe, has gone; `turn` is the Event
-    on which it waits for its turn; `flags` are those of recv(). (The stock __init__ parses the
-    address each time: 7 us.)
+    on which it waits for its turn; `flags` are those of recv().
     """
 
-    __slots__ = ("full_url", "data")  # plain attributes here, properties there
+    __slots__ = ("full_url", "data")  # properties there, which parse the address each time: 7 us
     headers, link, backend, turn, cancelled, flags = {}, None, None, None, False, 0
 
     def __init__(self, method, target, fields, body, model, repeatable, patience):
@@ -1259,8 +1254,7 @@ class Backends:
             if probe and now > probe.deadline:  # its answer comes byte by byte
                 self.pool.cancel(probe)
             elif interval and now >= backend.probe_at and not probe:
-                fields = b"User-Agent: gateway.py\r\nVia: %b\r\n%b" % (
-                    self.via, self.authorization)
+                fields = b"User-Agent: gateway.py\r\nVia: %b\r\n%b" % (self.via, self.authorization)
                 probe = BackendRequest("GET", "/v1/models", fields, b"", None, True, limit)
                 probe.backend, probe.deadline = backend, now + 3 * limit
                 backend.probing, backend.probe_at = probe, now + interval
@@ -1290,7 +1284,8 @@ class Backends:
         except BackendError as error:
             backend.silent = isinstance(error, BackendTimeout) or request.cancelled
             if not (backend.silent and backend.in_flight):
-                self.failed(backend, error.message, lost=(
+                why = "its answer to a probe took too long" if request.cancelled else error.message
+                self.failed(backend, why, lost=(
                     backend.up or backend.lost or isinstance(error, Unreachable)))
         except ClientGone:  # it was cancelled before it was sent
             pass
@@ -1948,9 +1943,9 @@ class Streams:
                 self._step(descriptor, now)
             if now >= next_look:
                 next_look = now + SWEEP_SECONDS
-                for descriptor, (*_, link) in list(self._lent.items()):
-                    if now - link.idle_since > link.patience:  # there the step raises
-                        self._step(descriptor, now)
+                for descriptor in [descriptor for descriptor, (*_, link) in list(self._lent.items())
+                                   if now - link.idle_since > link.patience]:
+                    self._step(descriptor, now)  # raises
                 with self._lock:
                     if not self._lent:
                         self._epoll = epoll.close()  # None: the next one lent makes another
@@ -1995,7 +1990,7 @@ class Server(ThreadingHTTPServer):
         self.backends = Backends(settings) if settings.backend_url else None
         self.admission = Admission(settings.max_concurrent_requests, settings.queue_timeout)
         self.paths = OWN_PATHS if self.backends else OWN_PATHS | ECHO_PATHS
-        self.take_over(settings.secrets, settings.tls)
+        self.take_over(*settings.files)
         if settings.listen_fd is None:
             self.address_family = socket.getaddrinfo(settings.host, settings.port, flags=(
                 socket.AI_PASSIVE), type=socket.SOCK_STREAM)[0][0]
@@ -2004,16 +1999,16 @@ class Server(ThreadingHTTPServer):
     def reload(self):
         """Read the keys and the certificate again; the old ones stay if that cannot be done."""
         try:
-            self.take_over(read_secrets(self.settings), make_tls(self.settings))
+            self.take_over(*read_files(self.settings))
             said = "the files with keys and certificates were read again, if there are any"
         except ValueError as error:
             said = f"the old keys and certificate stay: {error}"
         if self.supervisor in (None, os.getpid()):
             note(self.settings, f"SIGHUP: {said}")
 
-    def take_over(self, secrets, tls):
+    def take_over(self, keys, backend_key, tls):
         """Take these keys and this certificate from here on."""
-        (self.keys, backend_key), self.tls = secrets, tls
+        self.keys, self.tls = keys, tls
         self.scheme = b"https" if tls else b"http"
         self.not_forwarded = (NOT_FORWARDED | {b"authorization"} if self.keys or backend_key
                               else NOT_FORWARDED)
