@@ -172,7 +172,7 @@ def read_settings(argv, environ):
     """
     parser = argparse.ArgumentParser(
         prog="gateway.py", usage=argparse.SUPPRESS, allow_abbrev=False, exit_on_error=False,
-        description=__doc__.partition("\n\nThe path")[0], epilog=f"Try it:\n  {EXAMPLE}",
+        description=(__doc__ or "").partition("\n\nThe path")[0], epilog=f"Try it:\n  {EXAMPLE}",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"gateway.py {__version__}")
     for name, parse, default, text in KNOBS:
@@ -854,9 +854,10 @@ def set_timeouts(sock, receive, send):
     """
     if os.name != "posix" or isinstance(sock, ssl.SSLSocket):
         return sock.settimeout(receive)
+    form = "=qq" if socket.SO_RCVTIMEO == 66 else "@ll"  # 66: 32-bit Linux with a time of 64 bits
     for option, limit in ((socket.SO_RCVTIMEO, receive), (socket.SO_SNDTIMEO, send)):
         whole, rest = int(limit), max(int(limit % 1 * 1e6), 1)  # 0 would mean for ever
-        sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", whole, rest))
+        sock.setsockopt(socket.SOL_SOCKET, option, struct.pack(form, whole, rest))
 
 
 @lru_cache(256)
@@ -2182,7 +2183,8 @@ def hung_up(descriptors):
     poller = select.poll()
     for descriptor in descriptors:
         if descriptor >= 0:
-            poller.register(descriptor, getattr(select, "POLLRDHUP", 0))  # POLLHUP always counts
+            # macOS tells of POLLHUP only who asks for it (poll_nocancel in its sys_generic.c).
+            poller.register(descriptor, getattr(select, "POLLRDHUP", select.POLLHUP))
     return [descriptor for descriptor, _ in poller.poll(0)]
 
 
@@ -2329,9 +2331,10 @@ def prepare_descriptors():
     The soft limit is often 1,024, and a forwarded request takes two.
     """
     traceback.format_stack()  # loads what it needs: later there may be no descriptor left for that
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(descriptor)
+    with suppress(OSError):  # a bare chroot has no /dev/null
+        while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+            pass
+        os.close(descriptor)
     with suppress(ImportError, OSError, ValueError):
         import resource  # not on Windows
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

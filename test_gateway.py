@@ -603,7 +603,12 @@ def test_the_readme_has_the_table_of_the_program_s_settings():
     assert table in (HERE / "README.md").read_text(), f"README.md needs this table:\n{table}"
 
 
-@pytest.mark.parametrize("options", ((), ("-I", "-S")))
+NO_DEV_NULL = ("-c", "import os, runpy, sys; os.devnull = '/no/dev/null'; del sys.argv[0];"
+               "runpy.run_path(sys.argv[0], run_name='__main__')")  # as in a bare chroot
+
+
+@pytest.mark.parametrize("options", (
+    (), ("-I", "-S"), ("-OO",), ("-X", "dev", "-W", "error", "-bb"), NO_DEV_NULL))
 def test_echo_mode_starts_with_one_line_whose_curl_command_works(options):
     """PORT=0 takes a free port, which the line names."""
     with Process(PORT="0", python=(sys.executable, *options)) as process:
