@@ -125,7 +125,7 @@ origin = like(r"\*|[a-z][a-z0-9+.-]*://[a-z0-9_.:\[\]-]+",
               "like https://chat.example.com, lower-case and without a path, or *")
 workers = like("auto|[1-9][0-9]?", "from 1 to 99, or auto", lambda text: (
     os.process_cpu_count() or 1 if text == "auto" else int(text)))
-seconds, from_0 = number(float, 0.001, 86_400), number(float, 0, 86_400)  # sockets take no more
+seconds, from_0 = number(float, 0.001, 86_400), number(float, 0, 86_400)
 KNOBS = (  # name, parser, default, what it is
     ("host", str, "127.0.0.1", "address to listen on; 0.0.0.0 or :: for all interfaces"),
     ("port", number(int, 0, 65_535), "8080", "port to listen on; 0 takes a free one"),
@@ -168,7 +168,8 @@ EXAMPLE = ("curl http://127.0.0.1:8080/v1/chat/completions"
 def read_settings(argv, environ):
     """Return a namespace with an attribute for each knob; exits with 2 if a value is bad.
 
-    `listen_fd` is the descriptor of a socket that systemd passed on (sd_listen_fds), or None.
+    `credentials` is what read_credentials returned; `listen_fd` the descriptor of a socket that
+    systemd passed on (sd_listen_fds), or None.
     """
     parser = argparse.ArgumentParser(
         prog="gateway.py", usage=argparse.SUPPRESS, allow_abbrev=False, exit_on_error=False,
@@ -190,7 +191,7 @@ def read_settings(argv, environ):
         parser.error(f"unknown argument {name!a}; all are flags like --port=8080, see --help")
     settings.listen_fd = 3 if environ.get("LISTEN_PID") == str(os.getpid()) else None
     try:
-        settings.files = keys, backend_key, _ = read_files(settings)
+        settings.credentials = keys, backend_key, _ = read_credentials(settings)
     except ValueError as error:
         parser.error(error)
     if settings.listen_fd and environ.get("LISTEN_FDS") != "1":
@@ -206,8 +207,10 @@ def read_settings(argv, environ):
     return settings
 
 
-def read_files(settings):
-    """Return the clients' (name, key) pairs, the backends' key or "", and what make_tls returns."""
+def read_credentials(settings):
+    """Return the clients' (name, key) pairs, the backends' key or "", and what make_tls returns;
+    raises ValueError, without what may be a secret.
+    """
     def read(name, parse, otherwise):
         try:
             if not getattr(settings, name):
@@ -332,8 +335,7 @@ CORS_FIELDS = {b"access-control-allow-origin", b"access-control-allow-credential
 TOKEN, VALUE = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", rb"[^\x00-\x08\n-\x1f\x7f]*"
 FIELD = re.compile(rb"(%b):(%b)" % (TOKEN, VALUE))
 REQUEST_LINE = re.compile(rb"(%b) ([!\"$-~]+) HTTP/([0-9])\.(?P<minor>[0-9])" % TOKEN)
-STATUS_LINE = re.compile(  # nobody asks to switch protocols (101)
-    rb"HTTP/1\.(?P<minor>[01]) (?!101)([1-9][0-9][0-9])(?: (%b))?" % VALUE)
+STATUS_LINE = re.compile(rb"HTTP/1\.(?P<minor>[01]) ([1-9][0-9][0-9])(?: (%b))?" % VALUE)
 # The size line of a chunk, with the CR LF that ends the chunk before it; and the trailers.
 CHUNK = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})(?:[ \t]*;%b)?\r\n" % VALUE)
 TRAILERS = re.compile(rb"(?:%b:%b\r\n)*+\r\n" % (TOKEN, VALUE))
@@ -395,7 +397,7 @@ def parse_field(line):
 def parse_head(head, drop, first_line, form):
     """Return the match of a head's first line, its values by lower-case name, whether its sender
     keeps the connection open (9.3), and its lines, as bytes, but for those of fields that are in
-    `drop` or that Connection names.
+    `drop` or that Connection names; raises Malformed.
     """
     start, *lines = head.split(b"\r\n")
     if len(lines) > MAX_FIELDS:
@@ -467,6 +469,8 @@ def parse_response(head, drop, to_head):
     """Return the Head (4, 6.3) of a response, if `to_head` to HEAD; raises Malformed."""
     match, index, persistent, fields = parse_head(head, drop, STATUS_LINE, "HTTP/1.1 200 OK")
     status = int(match[2])
+    if status == 101:
+        raise Malformed("it switches protocols, which nobody asked for")
     if to_head or status in (204, 304):
         # Some send the body that is only announced here: it must not be the next response.
         length, owed = 0, index.get(b"content-length", b"0") != b"0"
@@ -507,7 +511,7 @@ class Body:
             self.done = not self._left
             return piece
         data, pieces, at = self.rest + data, [], 0
-        if not self._left and (line := CHUNK.match(data)):  # most come alone, whole: 3% an event
+        if not self._left and (line := CHUNK.match(data)):  # most come alone, whole: saves 3%
             start, end = line.end(), len(data) - 2
             if end - start == int(line[1], 16) > 0 and data.endswith(b"\r\n"):
                 self.rest = b"\r\n"
@@ -567,7 +571,7 @@ def token_usage(answer):
         at = answer.rfind(b'"usage"', 0, at)
     if at >= 0:
         told = TOKENS.findall(answer, at, at + USAGE_BYTES)
-    if len(told) < 2 and (begun := USAGE.search(answer, 0, USAGE_BYTES)):
+    if len(dict(told)) < 2 and (begun := USAGE.search(answer, 0, USAGE_BYTES)):
         told += TOKENS.findall(answer, begun.start(), begun.start() + USAGE_BYTES)
     return {"input" if name in (b"prompt", b"input") else "output": int(count)
             for name, count in reversed(told)}  # what is behind the usage does not count
@@ -898,7 +902,8 @@ class BackendRequest(urllib.request.Request):
 class Link:
     """One connection to a backend; `key` is its scheme and host.
 
-    `idle_since` is when it was last used, or heard by Streams; 0 if it is new, or answers.
+    `idle_since` is when it was last used, or heard by Streams; 0 if it is new, or its
+    answer has begun.
     `persistent` turns false if a request broke off (what follows would be taken for the rest of it)
     or the backend said close. Without poll (Windows), links are not used again.
     """
@@ -912,7 +917,7 @@ class Link:
             self.poller.register(sock, select.POLLIN)
 
     def receive(self, flags=0):
-        """Return the next bytes, b"" at their end, None where the connection broke."""
+        """Return the next bytes, b"" at their end, None if it broke; raises BackendTimeout."""
         try:
             return self.sock.recv(RECEIVE_BYTES, flags)
         except (TimeoutError, BlockingIOError):
@@ -924,8 +929,8 @@ class Link:
 class Pool(urllib.request.BaseHandler):
     """The handler of urllib's opener for http and https: it keeps links alive.
 
-    Invariant: an open link is in `_idle`, or the `link` of one request, or put aside by its _try;
-    from the first two it goes under `_lock` alone. Nothing that is done under that blocks.
+    Invariant: an open link is in `_idle`, or the `link` of one request, or put aside by its _try,
+    which alone needs no `_lock` to take it and to give it back. Nothing done under that blocks.
     """
 
     def __init__(self, settings):
@@ -1079,7 +1084,8 @@ class Backend:
     `up` is false, others are preferred until `retry_at`, and then, once it has one request to try
     it, until `trial_until`. `silent`: its last probe had no answer in time. `lost`: it could not be
     reached, or a probe saw it fail; so a probe can tell that it is back. Changed under Backends'
-    lock, but for what probes alone change: `models`, `silent`, `probing`.
+    lock, but for what probes alone change: `models`, `silent`, `probing`;
+    and `probe_at`, where a probe starts.
     """
 
     up, silent, lost, models, probing = True, False, False, None, None
@@ -1132,8 +1138,8 @@ class Backends:
         What was sent decides, and the class of the failure proves it. A backend that could not be
         reached has not seen the request: the next one gets it. If one broke, or answered 429 or
         BUSY, one other gets it, if it may be repeated (after 429, only one that is not left alone).
-        A time-out is final: the backend may be at work. The last answer stands; without one, the
-        last failure of a backend that was reached; without that, the first one.
+        After a time-out none does: the backend may be at work. The last answer stands; without one,
+        the last failure of a backend that was reached; without that, the first one.
         """
         answer, failure, left = None, None, 2 if request.repeatable else 1
         try:
@@ -1146,8 +1152,10 @@ class Backends:
                 except Unreachable as error:
                     failure = failure or error
                     continue
-                except Broken as error:
+                except (Broken, BackendTimeout) as error:
                     failure = error
+                    if isinstance(error, BackendTimeout):
+                        break
                 left -= 1
             if request.cancelled:  # perhaps when it had no link, between two answers
                 raise ClientGone
@@ -1167,18 +1175,19 @@ class Backends:
         It serves the model, or nobody does; it may be tried now, or the soonest; it is not silent,
         if another can be had; it has the fewest requests in flight, or has waited longest.
         """
-        now, left = time.monotonic(), self.all
+        now, candidates = time.monotonic(), self.all
         with self._lock:
-            if request.model is not None and len(left) > 1:
-                left = [b for b in left if (b.free_at() <= now if b.models is None
-                                            else request.model in b.models)] or left
+            if request.model is not None and len(candidates) > 1:
+                candidates = [b for b in candidates if (
+                    b.free_at() <= now if b.models is None else request.model in b.models)
+                              ] or candidates
             if tries:
-                left = [b for b in left if b.url not in dict(tries) and (
+                candidates = [b for b in candidates if b.url not in dict(tries) and (
                     not only_free or b.free_at() <= now)]
-                if not left:
+                if not candidates:
                     return False
                 request.backend.in_flight -= 1
-            backend = left[0] if len(left) == 1 else min(left, key=lambda b: (
+            backend = candidates[0] if len(candidates) == 1 else min(candidates, key=lambda b: (
                 max(b.free_at() - now, 0), b.silent, b.in_flight, b.chosen))
             if not backend.up and backend.free_at() <= now:  # others wait for how this one fares
                 backend.trial_until = now + backend.back_off
@@ -1190,7 +1199,8 @@ class Backends:
     def _try(self, request, record):
         """Send the request to the backend that it is directed to; note how that came out.
 
-        An earlier answer may have to stand: its link is the request's again if no other one comes.
+        An earlier answer may have to stand: its link, `spare`, is put aside, and is the request's
+        again unless this one is answered.
         """
         backend, began, outcome = request.backend, time.monotonic(), "cancelled"
         record.backend, answer, spare, request.link = backend.url, None, request.link, None
@@ -1285,7 +1295,7 @@ class Backends:
         except BackendError as error:
             backend.silent = isinstance(error, BackendTimeout) or request.cancelled
             if not (backend.silent and backend.in_flight):
-                why = "its answer to a probe took too long" if request.cancelled else error.message
+                why = "its answer to a probe took too long" if backend.silent else error.message
                 self.failed(backend, why, lost=(
                     backend.up or backend.lost or isinstance(error, Unreachable)))
         except ClientGone:  # it was cancelled before it was sent
@@ -1383,7 +1393,7 @@ def event(data):
 MIN_BODY_RATE = 1_000      # bytes a second that a body has to make on average: a modem's pace
 MAX_EVENT_BYTES = 262_144  # the beginning of an event is held back up to this
 FORM_BYTES = 65_536        # of a form's beginning, and of its end, in which its model is sought
-LINGER_SECONDS = 5         # for a refused client to stop sending; nginx gives as many
+LINGER_SECONDS = 5         # for a refused client to stop sending (as in nginx), a worker to end
 
 READING, WRITING = ("GET", "HEAD"), ("POST", "PUT", "PATCH")  # a writing one tells its length
 METHODS = (*READING, *WRITING, "DELETE")
@@ -1726,7 +1736,8 @@ class Handler(BaseHTTPRequestHandler):
         last whole event is held back: if the backend dies, an error event can follow at a boundary.
         An `unproven` one is cut if it ends within an event, or without [DONE] where there is one.
         """
-        first, recent, tail, self.at_boundary = b"", bytearray(b"\n"), b"", events
+        first, tail, self.at_boundary = b"", b"", events
+        recent = bytearray(b"\n")  # LAST_EVENT wants the end of a line before it
         for piece in pieces:
             if events:
                 piece = tail + piece
@@ -1946,7 +1957,7 @@ class Streams:
                 next_look = now + SWEEP_SECONDS
                 for descriptor in [descriptor for descriptor, (*_, link) in list(self._lent.items())
                                    if now - link.idle_since > link.patience]:
-                    self._step(descriptor, now)  # raises
+                    self._step(descriptor, now)  # finds nothing to receive: BackendTimeout
                 with self._lock:
                     if not self._lent:
                         self._epoll = epoll.close()  # None: the next one lent makes another
@@ -1991,7 +2002,7 @@ class Server(ThreadingHTTPServer):
         self.backends = Backends(settings) if settings.backend_url else None
         self.admission = Admission(settings.max_concurrent_requests, settings.queue_timeout)
         self.paths = OWN_PATHS if self.backends else OWN_PATHS | ECHO_PATHS
-        self.take_over(*settings.files)
+        self.take_over(*settings.credentials)
         if settings.listen_fd is None:
             self.address_family = socket.getaddrinfo(settings.host, settings.port, flags=(
                 socket.AI_PASSIVE), type=socket.SOCK_STREAM)[0][0]
@@ -2000,7 +2011,7 @@ class Server(ThreadingHTTPServer):
     def reload(self):
         """Read the keys and the certificate again; the old ones stay if that cannot be done."""
         try:
-            self.take_over(*read_files(self.settings))
+            self.take_over(*read_credentials(self.settings))
             said = "the files with keys and certificates were read again, if there are any"
         except ValueError as error:
             said = f"the old keys and certificate stay: {error}"
@@ -2331,10 +2342,9 @@ def prepare_descriptors():
     The soft limit is often 1,024, and a forwarded request takes two.
     """
     traceback.format_stack()  # loads what it needs: later there may be no descriptor left for that
-    with suppress(OSError):  # a bare chroot has no /dev/null
-        while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-            pass
-        os.close(descriptor)
+    while (descriptor := socket.socket().detach()) <= 2:  # a bare chroot has no /dev/null
+        pass
+    socket.close(descriptor)
     with suppress(ImportError, OSError, ValueError):
         import resource  # not on Windows
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
