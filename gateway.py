@@ -319,7 +319,7 @@ MAX_FIELDS = 100         # as Apache and http.client
 MAX_CHUNK_LINE = 4_096   # a chunk's size with its extensions, or the trailers: nobody uses them
 MAX_REMEMBERED = 4_096   # bytes of a head that is remembered: strangers could fill the memory
 USAGE_BYTES = 4_096      # of an answer's beginning, and of its end: its usage is in one of them
-CHUNKED, UNTIL_CLOSE = -1, sys.maxsize  # lengths of a body that are not known beforehand
+CHUNKED, UNTIL_CLOSE = -1, 1 << 62  # lengths of a body that are not known beforehand
 
 # Fields of one connection (RFC 9110, 7.6.1), and of a proxy (11.7).
 HOP_BY_HOP = frozenset((
