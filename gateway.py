@@ -902,10 +902,9 @@ class BackendRequest(urllib.request.Request):
 class Link:
     """One connection to a backend; `key` is its scheme and host.
 
-    `idle_since` is when it was last used, or heard by Streams; 0 if it is new, or its
-    answer has begun.
-    `persistent` turns false if a request broke off (what follows would be taken for the rest of it)
-    or the backend said close. Without poll (Windows), links are not used again.
+    `idle_since` is when it was last used, or heard by Streams; 0 if it is new, or its answer has
+    begun. `persistent` turns false if a request broke off (what follows would be taken for the rest
+    of it) or the backend said close. Without poll (Windows), links are not used again.
     """
 
     idle_since, persistent, patience = 0.0, True, None
@@ -1084,8 +1083,8 @@ class Backend:
     `up` is false, others are preferred until `retry_at`, and then, once it has one request to try
     it, until `trial_until`. `silent`: its last probe had no answer in time. `lost`: it could not be
     reached, or a probe saw it fail; so a probe can tell that it is back. Changed under Backends'
-    lock, but for what probes alone change: `models`, `silent`, `probing`;
-    and `probe_at`, where a probe starts.
+    lock, but for what probes alone change (`models`, `silent`, `probing`), and `probe_at` where one
+    starts.
     """
 
     up, silent, lost, models, probing = True, False, False, None, None
