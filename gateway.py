@@ -634,6 +634,7 @@ FAMILIES = {  # name: (help, labels and their values, upper bounds of a histogra
     "gateway_build_info": ("1, with the version.", {"version": (__version__,)}, ())}
 PLAIN = re.compile(r"[!#-\[\]-~]+")
 SETTLED, SETTLE_SECONDS = 12, 0.01  # ended requests, or time, after which they are settled
+MANY_LINES = 1_000  # that wait to be written: then requests wait too
 PIPE_BUF = getattr(select, "PIPE_BUF", 512)
 log_lock = threading.Lock()
 
@@ -818,15 +819,24 @@ class Ledger:
                 self.lines.append(record.line(self._form))
                 record.answer = b""  # an idle connection keeps its last record
 
-    def settle(self, due=True):
-        """Count what has ended; write its lines, if it is time to, or they are many."""
+    def settle(self, due=True, patient=False):
+        """Count what has ended; write its lines, if it is time to, or they are many.
+
+        While another thread writes, its lines are left to the next one: with two workers the
+        slowest hundredth of 128 connections waited 180 ms for each other here, and 60 so. Who is
+        `patient`, or finds that very many wait, as where stderr stalls, waits for the other.
+        """
         self.count()
-        if due or len(self.lines) >= SETTLED:
-            with self._writing:  # who comes to the end of a drain waits for what others write
-                with self._metrics.lock:
-                    lines, self.lines, self._settled = self.lines, [], time.monotonic()
-                if lines:
-                    log(*lines)
+        if not due and len(self.lines) < SETTLED or not self._writing.acquire(
+                patient or len(self.lines) > MANY_LINES):
+            return
+        try:
+            with self._metrics.lock:
+                lines, self.lines, self._settled = self.lines, [], time.monotonic()
+            if lines:
+                log(*lines)
+        finally:
+            self._writing.release()
 
 
 # == 5. Backends ===================================================================================
@@ -1069,11 +1079,13 @@ class Pool(urllib.request.BaseHandler):
 
     def expire(self):
         """Close the links that have been idle for too long."""
-        before = time.monotonic() - IDLE_SECONDS
+        before, expired = time.monotonic() - IDLE_SECONDS, []
         with self._lock:
             for links in self._idle.values():
                 while links and links[0].idle_since < before:  # the longest idle is first
-                    links.pop(0).sock.close()
+                    expired.append(links.pop(0))
+        for link in expired:
+            link.sock.close()
 
 
 class Backend:
@@ -2247,7 +2259,7 @@ def work(server):
     if not server.drain(server.settings.shutdown_timeout):
         note(server.settings,
              f"{len(server.connections)} connections were cut off; SHUTDOWN_TIMEOUT")
-    server.ledger.settle()
+    server.ledger.settle(patient=True)
     return 0
 
 
