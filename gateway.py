@@ -2007,6 +2007,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, settings):
         self.settings, self.connections, self.parting, self.streams = settings, {}, [], Streams()
+        self.first_processor = uuid.uuid4().int  # by chance: each container's gateway is process 1
         self.metrics = Metrics(settings.workers, settings.backend_url)
         self.ledger = Ledger(settings, self.metrics)
         self.loads = memoryview(mmap.mmap(-1, 8 * settings.workers)).cast("q")
@@ -2241,8 +2242,8 @@ def bind_to_processor(number):
 
 def work(server):
     """Serve until told to stop, and drain; return the exit status."""
-    if server.settings.cpu_affinity:  # the process id: so that not all gateways take the first
-        bind_to_processor((server.supervisor or os.getpid()) + server.number)
+    if server.settings.cpu_affinity:
+        bind_to_processor(server.first_processor + server.number)
     schedule("SCHED_BATCH")
     threading.Thread(target=server.serve_forever, daemon=True).start()
     with suppress(KeyboardInterrupt):

@@ -4453,6 +4453,18 @@ def test_each_worker_keeps_to_one_processor_unless_it_is_told_not_to():
         assert os.sched_getaffinity(process.pid) == ours
 
 
+def test_gateways_that_are_all_process_1_of_their_containers_do_not_share_one_processor(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import os\nos.getpid = lambda: 1\n")
+    bonds = set()
+    for _ in range(30):  # which one is by chance
+        with Process("--port=0", PYTHONPATH=str(tmp_path)) as process:
+            ask(process.port, "GET", "/healthz")
+            bonds |= os.sched_getaffinity(process.pid)
+        if len(bonds) == min(len(os.sched_getaffinity(0)), 2):
+            return
+    pytest.fail(f"all were bound to {bonds}")
+
+
 def test_workers_share_connections_that_come_at_once_and_one_that_hangs_holds_up_none():
     with Process("--port=0", "--workers=2") as process, contextlib.ExitStack() as stack:
         pids = workers_of(process)
