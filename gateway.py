@@ -35,7 +35,6 @@ import re
 import select
 import signal
 import socket
-import ssl
 import struct
 import sys
 import threading
@@ -56,6 +55,11 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from queue import SimpleQueue
 from socketserver import TCPServer
+
+try:
+    import ssl
+except ImportError:  # of a Python that was built without OpenSSL: make_tls refuses https
+    ssl = argparse.Namespace(SSLSocket=())  # of which nothing is an instance
 
 __version__ = "0.2.0"
 
@@ -227,7 +231,11 @@ def read_credentials(settings):
 
 def make_tls(settings):
     """Return the SSLContext to serve with, or None for plain HTTP; raises ValueError."""
-    if not settings.tls_cert_file and not settings.tls_key_file:
+    ours = settings.tls_cert_file or settings.tls_key_file
+    if not hasattr(ssl, "SSLContext") and (
+            ours or any(url.lower().startswith("https") for url in settings.backend_url)):
+        raise ValueError("https needs a Python that was built with OpenSSL, and this one was not")
+    if not ours:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2

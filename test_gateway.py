@@ -38,6 +38,7 @@ import gateway
 HERE = Path(__file__).parent
 SETTLED, gateway.SETTLED = gateway.SETTLED, 1  # here, a request is logged before the next begins
 gateway.log = lambda *lines: None  # of this process; fixtures and Process see what is logged
+threading.stack_size(gateway.STACK_BYTES)  # as main() does: musl's default is 128 KiB
 SECONDS = 20  # how long anything may take before a test fails: generous, for slow and busy machines
 CHAT = b'{"model": "m", "messages": [{"role": "user", "content": "Hello, world!"}]}'
 STREAM = CHAT[:-1] + b', "stream": true}'
@@ -4662,6 +4663,17 @@ def test_auto_is_a_worker_for_each_cpu_that_may_be_used_and_without_fork_there_i
         assert ask(process.port, body=CHAT).status == 200
 
 
+def test_a_python_without_openssl_serves_all_but_https(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['_ssl'] = None\n")
+    with PlayedBackend(answers(response(b"{}"))) as backend, Process(
+            "--port=0", BACKEND_URL=backend.url, PYTHONPATH=str(tmp_path)) as process:
+        assert ask(process.port, body=CHAT).body == b"{}"
+    for setting in ({"BACKEND_URL": "http://a,HTTPS://b"}, {"TLS_CERT_FILE": "c"},
+                    {"TLS_KEY_FILE": "k"}):
+        status, _, lines = run("--port=0", PYTHONPATH=str(tmp_path), **setting)
+        assert status == 2 and len(lines) == 1 and "OpenSSL" in lines[0]
+
+
 # -- 9. Processes: rollouts ------------------------------------------------------------------------
 
 
@@ -4995,7 +5007,8 @@ def test_a_worker_that_dies_of_a_nameless_signal_is_replaced():
                  python=("env", "--ignore-signal=CHLD", sys.executable)) as process:
         first, second = workers_of(process)
         kill(first, signal.SIGRTMIN + 3)
-        eventually(lambda: f"(pid {first}) died: Real-time signal 3; pid" in process.log)
+        name = signal.strsignal(signal.SIGRTMIN + 3)  # each libc has its own
+        eventually(lambda: f"(pid {first}) died: {name}; pid" in process.log)
         assert second in workers_of(process)
         os.kill(process.pid, signal.SIGTERM)
         assert process.wait() == 0
