@@ -410,9 +410,10 @@ def parse_head(head, drop, first_line, form):
     start, *lines = head.split(b"\r\n")
     if len(lines) > MAX_FIELDS:
         raise Malformed(f"a head may have {MAX_FIELDS} fields; send less", 431)
-    fields, match = [parse_field(line) for line in lines], first_line.fullmatch(start)
+    match = first_line.fullmatch(start)
     if not match:
         raise Malformed(f"the first line is not of the form '{form}'")
+    fields = [parse_field(line) for line in lines]
     index = dict(fields)
     if len(index) < len(fields):
         index = {name: b", ".join(value for same, value in fields if same == name)

@@ -973,6 +973,17 @@ def test_what_is_malformed_is_refused_and_what_follows_is_never_executed(
     assert f" {expected[0]} " in (line := lines_of(log)[0]) and line.endswith(f" {expected[1]}")
 
 
+@pytest.mark.parametrize("start", [
+    b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2", b"hello", b"\r\n\r\n\0\r\nQUIT\n!\x11", b"GET /v1"])
+def test_a_first_line_that_is_none_is_what_the_error_names_though_no_field_behind_it_is_one(
+        echo, start):
+    """Such as what a proxy with the PROXY protocol (v1, v2) sends before the request."""
+    with Client(echo) as client:
+        error = client.send(start + b"\r\n" + HEALTH).reply().error()
+        assert "first line" in error["message"] and "field" not in error["message"]
+        assert error["code"] == "bad_request"
+
+
 @pytest.mark.parametrize("data", [
     b"G", LINE, GET, GET + b"\r", GET[:-1],
     *(request(body=CHAT)[:-left] for left in (1, len(CHAT), len(CHAT) + 2)),
