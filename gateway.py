@@ -1864,7 +1864,7 @@ class Handler(BaseHTTPRequestHandler):
 # connections and waits for the requests in flight.
 
 SWEEP_SECONDS = 0.1     # a vanished client's backend is stopped within about this
-MAX_ACCEPTS = 1_000     # connections that are accepted before other duties are looked after
+MAX_ACCEPTS = 256       # connections that are accepted before other duties are looked after
 YIELD_SECONDS = 0.0005  # for another worker to accept a connection
 PARTING_SECONDS = 1     # for a 503 to arrive, a kept connection's last request, the first probes
 SWITCH_SECONDS = 5e-5   # for each connection, 0.005 at least: how often a thread asks for the GIL
@@ -2075,7 +2075,7 @@ class Server(ThreadingHTTPServer):
         super().serve_forever(poll_interval)
 
     def get_request(self):
-        """Accept all connections that wait before the threads of any delay the others; return one.
+        """Accept all connections that wait, at once: the threads of some would delay the others.
 
         Of several workers, one that has more connections than another lets it go first: of 128
         they took 88 and 40, or 65 and 63 with this, and the slowest hundredth took half as long.
@@ -2083,25 +2083,20 @@ class Server(ThreadingHTTPServer):
         and their slowest hundredth took twice as long: the more there are, the less often they do.
         Out of descriptors, wait for some rather than spin.
         """
-        accepted = []
-        while len(accepted) < MAX_ACCEPTS:
-            self.loads[self.number] = len(self.connections) + len(accepted)
-            if len(self.loads) > 1 and self.loads[self.number] > min(self.loads) + 2:
+        for left in reversed(range(MAX_ACCEPTS)):
+            if len(self.loads) > 1 and len(self.connections) > min(self.loads) + 2:
                 time.sleep(YIELD_SECONDS)
             try:
                 request, address = super().get_request()
             except OSError as error:
-                if accepted:
-                    break
                 if error.errno in (errno.EMFILE, errno.ENFILE):
                     time.sleep(SWEEP_SECONDS)
                 raise
             request.setblocking(True)  # BSDs pass the listener's mode on
-            accepted.append((request, address))
-        sys.setswitchinterval(max(SWITCH_SECONDS * self.loads[self.number], 0.005))
-        for request, address in accepted[:-1]:
-            self.process_request(request, address)
-        return accepted[-1]
+            sys.setswitchinterval(max(SWITCH_SECONDS * len(self.connections), 0.005))
+            if left:
+                self.process_request(request, address)
+        return request, address
 
     def process_request(self, request, client_address):
         """Serve a connection in a thread of its own, or refuse it.
