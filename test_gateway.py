@@ -1518,6 +1518,23 @@ def proxies(monkeypatch):
     return lambda **variables: [monkeypatch.setenv(*item) for item in variables.items()]
 
 
+def test_while_one_thread_writes_the_log_no_request_waits_for_it(monkeypatch):
+    """Unless very many lines wait: a lock that is waited for with the GIL's help is a convoy."""
+    begun, go = threading.Event(), threading.Event()
+
+    def write(*lines):
+        begun.set()
+        assert go.wait(SECONDS)
+
+    monkeypatch.setattr(gateway, "log", write)
+    with serve() as server, Client(server.port) as first, Client(server.port) as second:
+        assert first.send(HEALTH).reply().status == 200
+        assert begun.wait(SECONDS)
+        for _ in range(50):
+            assert second.send(HEALTH).reply().status == 200
+        go.set()
+
+
 # -- 5. Backends: addresses, proxies, TLS ----------------------------------------------------------
 
 
