@@ -988,7 +988,8 @@ class Pool(urllib.request.BaseHandler):
 
     def _dial(self, request):
         """Give the request a new link, and return it; raises Unreachable."""
-        (scheme, host), timeout, proxy = request.backend.key, self._settings.connect_timeout, None
+        (scheme, host), timeout = request.backend.key, self._settings.connect_timeout
+        proxy = connection = None
         try:
             proxy = proxy_for(scheme, host)
             address, login = proxy or (host, {})
@@ -999,6 +1000,8 @@ class Pool(urllib.request.BaseHandler):
                 connection.set_tunnel(host, headers=login)
             connection.connect()
         except (OSError, http.client.HTTPException, ValueError) as error:
+            if connection:  # what is no HTTP leaves it open
+                connection.close()
             why = ascii(str(error))[1:-1]  # a proxy may have chosen its words
             raise Unreachable(f"{scheme}://{host} cannot be reached"
                               f"{' by its proxy' if proxy else ''}: {why}") from None
@@ -1032,7 +1035,7 @@ class Pool(urllib.request.BaseHandler):
         try:
             while not head or head.status < 200:
                 scanned = 0
-                while not data or (end := find_head(data, scanned)) < 0:
+                while (end := find_head(data, scanned)) < 0:
                     scanned, piece = len(data), link.receive()
                     if not piece:
                         raise Broken("closed the connection before its response was there")
@@ -1103,9 +1106,8 @@ class Backend:
     `models` are the cards of /v1/models, JSON texts by id, or None if they are not known. While
     `up` is false, others are preferred until `retry_at`, and then, once it has one request to try
     it, until `trial_until`. `silent`: its last probe had no answer in time. `lost`: it could not be
-    reached, or a probe saw it fail; so a probe can tell that it is back. Changed under Backends'
-    lock, but for what probes alone change (`models`, `silent`, `probing`), and `probe_at` where one
-    starts.
+    reached, so that a probe can tell when it is back. Changed under Backends' lock, but for what
+    probes alone change (`models`, `silent`, `probing`), and `probe_at` where one starts.
     """
 
     up, silent, lost, models, probing = True, False, False, None, None
@@ -1207,7 +1209,7 @@ class Backends:
                 if not candidates:
                     return False
                 request.backend.in_flight -= 1
-            backend = candidates[0] if len(candidates) == 1 else min(candidates, key=lambda b: (
+            backend = min(candidates, key=lambda b: (
                 max(b.free_at() - now, 0), b.silent, b.in_flight, b.chosen))
             if not backend.up and backend.free_at() <= now:  # others wait for how this one fares
                 backend.trial_until = now + backend.back_off
@@ -1306,7 +1308,7 @@ class Backends:
             backend.silent = False
             if answer.head.status in BUSY:
                 return self.failed(backend, f"it answered {answer.head.status} to a probe",
-                                   retry_after(answer.head), backend.up or backend.lost)
+                                   retry_after(answer.head))
             body = b"".join(itertools.islice(filter(None, answer.pieces), MAX_LIST_PIECES))
             cards = model_cards(body) if answer.head.status == 200 else None
             backend.models = backend.models if cards is None else cards
@@ -1316,8 +1318,7 @@ class Backends:
             backend.silent = isinstance(error, BackendTimeout) or request.cancelled
             if not (backend.silent and backend.in_flight):
                 why = "its answer to a probe took too long" if backend.silent else error.message
-                self.failed(backend, why, lost=(
-                    backend.up or backend.lost or isinstance(error, Unreachable)))
+                self.failed(backend, why, lost=isinstance(error, Unreachable))
         except ClientGone:  # it was cancelled before it was sent
             pass
         except Exception:
