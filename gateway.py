@@ -1113,7 +1113,7 @@ class Backend:
 
 def retry_after(head):
     """Return how many seconds a busy backend asks to be left alone (RFC 9110, 10.2.3), or 0."""
-    asked = head.index.get(b"retry-after", b"").decode("latin-1") if head.status == 503 else ""
+    asked = head.index.get(b"retry-after", b"").decode("latin-1")
     with suppress(ValueError, OverflowError):
         seconds = int(asked[:9]) if asked.isdecimal() else (
             parsedate_to_datetime(asked).timestamp() - time.time())

@@ -2897,6 +2897,18 @@ def test_a_backend_whose_models_cannot_be_listed_serves_all(listed):
             assert seen(two).reason.endswith("/v1/models?a=b HTTP/1.1")
 
 
+def test_a_list_of_models_that_was_known_outlives_a_probe_that_gets_none():
+    lists = [models("m")]
+    def script(played, number):
+        while played.request():
+            played.send(lists[-1])
+    with several(script, probe_interval=0.1) as (port, backend):
+        lists.append(response(status="429 Slow Down"))
+        before = len(backend.requests)
+        eventually(lambda: len(backend.requests) > before + 2)
+        assert states(port, "up", "models") == [(True, ["m"])]
+
+
 def test_a_backend_that_lists_no_model_any_more_gets_no_request_for_one():
     with several(plays(listed=models("m")), plays(listed=models("m")),
                  probe_interval=0.1) as (port, one, two):
@@ -3085,15 +3097,18 @@ def test_a_429_is_passed_on_unless_another_backend_is_free_to_take_it(clock, log
     busy = response(b'{"n": 1}', "429 Slow Down", "Retry-After: 9", "X-RateLimit-Remaining: 0")
     with several(*[plays(once=busy)] * 2) as (port, *backends):
         assert chats(port, 6) == {200} and sorted(counts(backends)) == [3, 4]
-    with several(plays(busy), plays(busy)) as (port, one, two):
-        reply = ask(port, body=CHAT)
-        assert (reply.status, reply.json(), counts([one, two])) == (429, {"n": 1}, [1, 1])
-        assert (reply.one("retry-after"), reply.one("x-ratelimit-remaining")) == ("9", "0")
-        assert not changes(log)
-        two.die()
-        assert chats(port, 3) == {429} and counts([one, two]) == [4, 1]
-        two.rise()  # within its back-off
-        assert chats(port, 3) == {429} and counts([one, two]) == [7, 1]
+    for listed in (None, models("m")):
+        log.clear()
+        with several(*[plays(busy, listed)] * 2, probe_interval=600 if listed else 0) as (
+                port, one, two):
+            reply = ask(port, body=CHAT)
+            assert (reply.status, reply.json(), counts([one, two])) == (429, {"n": 1}, [1, 1])
+            assert (reply.one("retry-after"), reply.one("x-ratelimit-remaining")) == ("9", "0")
+            assert not changes(log)
+            two.die()
+            assert chats(port, 3) == {429} and counts([one, two]) == [4, 1]
+            two.rise()  # within its back-off
+            assert chats(port, 3) == {429} and counts([one, two]) == [7, 1]
     with several(plays(busy, models("m")), plays(listed=models("other")),
                  probe_interval=600) as (port, one, two):
         assert chats(port, 3) == {429} and counts([one, two]) == [3, 0]
@@ -3388,6 +3403,15 @@ def test_readyz_is_200_while_a_backend_is_up_and_else_503(echo):
         assert ask(port, "GET", "/healthz").status == 200
         assert ask(port, "POST", "/readyz").one("allow") == "GET, HEAD, OPTIONS"
         assert not [1 for backend in backends for head, _ in backend.requests if b"ready" in head]
+
+
+def test_without_probes_readyz_is_200_again_when_a_backend_may_be_tried_again(clock):
+    with several(plays()) as (port, backend):
+        backend.die()
+        chats(port, 1)
+        for seconds, status in ((0.9, 503), (0.2, 200)):
+            clock.now += seconds
+            assert ask(port, "GET", "/readyz").status == status
 
 
 # -- several backends: what it must show -----------------------------------------------------------
