@@ -341,6 +341,7 @@ CORS_FIELDS = {b"access-control-allow-origin", b"access-control-allow-credential
 
 TOKEN, VALUE = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", rb"[^\x00-\x08\n-\x1f\x7f]*"
 FIELD = re.compile(rb"(%b):(%b)" % (TOKEN, VALUE))
+LENGTH = re.compile(rb"\r\nContent-Length:[ \t]*([0-9]{1,15})[ \t]*(?=\r\n|\Z)", re.I)
 REQUEST_LINE = re.compile(rb"(%b) ([!\"$-~]+) HTTP/([0-9])\.(?P<minor>[0-9])" % TOKEN)
 STATUS_LINE = re.compile(rb"HTTP/1\.(?P<minor>[01]) ([1-9][0-9][0-9])(?: (%b))?" % VALUE)
 # The size line of a chunk, with the CR LF that ends the chunk before it; and the trailers.
@@ -349,6 +350,7 @@ TRAILERS = re.compile(rb"(?:%b:%b\r\n)*+\r\n" % (TOKEN, VALUE))
 NEVER_IN_A_HEAD = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n|\Z)|(?<!\r)\n")
 HOST = re.compile(rb"(?:[\w.~%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 ABSOLUTE = re.compile(rb"https?://([^/?#]*)/?(.*)", re.I)
+DOTS = re.compile(rb"[/\\]\.\.?(?:[/\\]|\Z)")
 EMPTY_LINES = re.compile(rb"(?:\r\n)*+")
 LAST_EVENT = re.compile(rb"[\r\n]data: ?\[DONE\]")
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")
@@ -362,31 +364,27 @@ USAGE = re.compile(rb'"usage"[ \t\r\n]*:[ \t\r\n]*\{')
 TOKENS = re.compile(rb'"(prompt|input|completion|output)_tokens"[ \t\r\n]*:[ \t\r\n]*'
                     rb"([0-9]{1,15})(?=[ \t\r\n,}])")
 
-Request = namedtuple("Request", "method path target minor authority length persistent index fields")
+Request = namedtuple("Request", "method path target minor authority persistent index fields")
 Head = namedtuple("Head", "status reason length persistent index fields")  # of a response
 
 
 def remembered(parse):
-    """Let `parse` remember the last 256 short texts: who sends to us sends the same again.
-
-    Python takes 28 us for a request so, and 45 without. A client's key is in its head: it may stay
-    in memory until 256 others have come.
-    """
+    """Let `parse` remember the last 256 short texts: who sends to us sends the same again."""
+    # At 16 connections a request takes 57 us of CPU so, and 83 without. A client's key is in its
+    # head: it may stay in memory until 256 others have come.
     cached = lru_cache(256)(parse)
     return lambda data, *more: (cached if len(data) < MAX_REMEMBERED else parse)(data, *more)
 
 
 def find_head(data, scanned=0):
-    """Return where the head in `data`, of which `scanned` bytes are known, ends; or -1.
-
-    Raises as soon as it cannot become valid: who ends lines with LF would wait for an answer.
-    """
+    """Return where the head in `data`, of which `scanned` bytes are known, ends; or -1."""
     start = max(0, scanned - 3)
     end = data.find(b"\r\n\r\n", start)
     if len(data) > MAX_LINE_BYTES and data.find(b"\r\n", 0, MAX_LINE_BYTES + 2) < 0:
         raise Malformed(f"a head's first line may have {MAX_LINE_BYTES} bytes; send less", 414)
     if (len(data) if end < 0 else end + 2) > MAX_HEAD_BYTES:
         raise Malformed(f"a head may have {MAX_HEAD_BYTES} bytes; send less", 431)
+    # Not only once it is whole: who ends lines with LF would wait for an answer.
     if end < 0 and NEVER_IN_A_HEAD.search(data, start):
         raise Malformed("the head holds a control character, or a line that ends without CR LF")
     return end
@@ -417,7 +415,8 @@ def parse_head(head, drop, first_line, form):
     if len(index) < len(fields):
         index = {name: b", ".join(value for same, value in fields if same == name)
                  for name in index}
-    options = {option.strip(b" \t") for option in index.get(b"connection", b"").lower().split(b",")}
+    options = {option.strip(b" \t") for option in index[b"connection"].lower().split(b",")} if (
+        b"connection" in index) else ()
     persistent = b"close" not in options and (match["minor"] != b"0" or b"keep-alive" in options)
     return match, index, persistent, b"".join([
         line + b"\r\n" for line, (name, _) in zip(lines, fields)
@@ -425,8 +424,8 @@ def parse_head(head, drop, first_line, form):
 
 
 @remembered
-def parse_request(head, drop):
-    """Return the Request (3) that a head is; raises Malformed: 400, 431, 501 or 505."""
+def parse_known(head, drop):
+    """Return what parse_request does, for a head that may be remembered."""
     match, index, persistent, fields = parse_head(head, drop, REQUEST_LINE, "METHOD /path HTTP/1.1")
     if match[3] != b"1":
         raise Malformed("set the client to HTTP/1.1", 505)
@@ -441,10 +440,24 @@ def parse_request(head, drop):
         elif method != "OPTIONS" or target != b"*":
             raise Malformed("the request target is neither a path nor an http:// address")
     path = target.partition(b"?")[0]  # dots could lead a backend to a path that is not below /v1
-    if {b".", b".."}.intersection(re.split(rb"[/\\]", urllib.parse.unquote_to_bytes(path))):
+    if DOTS.search(urllib.parse.unquote_to_bytes(path)):
         raise Malformed("the path holds '.' or '..'; send the path that it leads to")
-    return Request(method, path.decode(), target.decode(), minor, authority,
-                   body_length(index, minor, 0), persistent, index, fields)
+    length = body_length(index, minor, 0)
+    return Request(method, path.decode(), target.decode(), minor, authority, persistent, index,
+                   fields), length
+
+
+def parse_request(head, drop):
+    """Return the Request (3) that a head is, and the length of its body, which may be CHUNKED;
+    raises Malformed: 400, 431, 501 or 505.
+    """
+    # One client's heads often differ in their lengths alone. With 1 for each of these they are all
+    # the same to parse_known: 61 us of CPU in place of 89 for requests of OpenAI's SDK.
+    told = LENGTH.search(head)
+    if told:
+        head = head[:told.start(1)] + b"1" + head[told.end(1):]
+    request, length = parse_known(head, drop)
+    return request, int(told[1]) if told else length
 
 
 def body_length(index, minor, otherwise):
@@ -563,11 +576,9 @@ def parse_json(body):
 
 
 def token_usage(answer):
-    """Return the tokens that an answer tells: {"input": n, "output": n}, or less.
-
-    They stand in its last usage; what does not, in its first one (message_start of /v1/messages).
-    In a JSON string the quotes would be escaped: a model cannot write a usage into its text.
-    """
+    """Return the tokens that an answer tells: {"input": n, "output": n}, or less."""
+    # They stand in its last usage; what does not, in its first one (message_start of /v1/messages).
+    # In a JSON string the quotes would be escaped: a model cannot write a usage into its text.
     told, usages = {}, [usage.start() for usage in USAGE.finditer(answer)]
     for at in usages[:1] + usages[1:][-1:]:
         for name, count in reversed(TOKENS.findall(answer, at, at + USAGE_BYTES)):
@@ -820,12 +831,10 @@ class Ledger:
                 record.answer = b""  # an idle connection keeps its last record
 
     def settle(self, patient=False):
-        """Count what has ended, and write its lines.
-
-        While another thread writes, who is not `patient` leaves them to the next one: where all
-        waited, the slowest hundredth of 128 connections took 180 ms with two workers, and 60 so.
-        """
+        """Count what has ended, and write its lines."""
         self.count()
+        # While another thread writes, who is not patient leaves them to the next one: where all
+        # waited, the slowest hundredth of 128 connections took 180 ms with two workers, and 60 so.
         if log_lock.acquire(patient):
             try:
                 with self._metrics.lock:
@@ -858,10 +867,8 @@ Response = namedtuple("Response", "backend head body pieces")
 
 
 def set_timeouts(sock, receive, send):
-    """Bound each receive and each send of a blocking socket, in seconds.
-
-    settimeout() makes each two system calls, a poll and the operation; TLS of Python's needs that.
-    """
+    """Bound each receive and each send of a blocking socket, in seconds."""
+    # settimeout() makes each two system calls, a poll and the operation; Python's TLS needs that.
     if os.name != "posix" or isinstance(sock, ssl.SSLSocket):
         return sock.settimeout(receive)
     form = "=qq" if socket.SO_RCVTIMEO == 66 else "@ll"  # 66: 32-bit Linux with a time of 64 bits
@@ -1285,11 +1292,7 @@ class Backends:
                     backend.probing = None
 
     def _probe(self, request):
-        """Ask a backend which models it serves, and so whether it is up.
-
-        Where requests failed, success counts once their back-off is over, and does not reset that.
-        Silence of one that is at work is no failure: some answer nothing while they generate.
-        """
+        """Ask a backend which models it serves, and so whether it is up."""
         backend = request.backend
         try:
             answer = self.pool.default_open(request)
@@ -1300,11 +1303,12 @@ class Backends:
             body = b"".join(itertools.islice(filter(None, answer.pieces), MAX_LIST_PIECES))
             cards = model_cards(body) if answer.head.status == 200 else None
             backend.models = backend.models if cards is None else cards
+            # Where requests failed, this counts once their back-off is over, and does not reset it.
             if backend.lost or backend.retry_at <= time.monotonic():
                 self.succeeded(backend, backend.lost)
         except BackendError as error:
             backend.silent = isinstance(error, BackendTimeout) or request.cancelled
-            if not (backend.silent and backend.in_flight):
+            if not (backend.silent and backend.in_flight):  # some are silent while they generate
                 why = "its answer to a probe took too long" if backend.silent else error.message
                 self.failed(backend, why, lost=isinstance(error, Unreachable))
         except ClientGone:  # it was cancelled before it was sent
@@ -1417,10 +1421,8 @@ EVENT_FIELDS = b"Content-Type: text/event-stream; charset=utf-8\r\n%b%b" % (*UNB
 
 
 def request_ids():
-    """Yield ids for the requests of one connection: a uuid4, and then those that follow it.
-
-    To ask the system for random bytes each time took 7% of a request, and a hand-off of the GIL.
-    """
+    """Yield ids for the requests of one connection: a uuid4, and then those that follow it."""
+    # To ask the system for random bytes each time took 7% of a request, and a hand-off of the GIL.
     first = str(uuid.uuid4())
     for last in itertools.count(int(first[24:], 16)):
         yield f"{first[:24]}{last & 0xffffffffffff:012x}"
@@ -1451,12 +1453,10 @@ class Handler(BaseHTTPRequestHandler):
         self.server.connections[self.request] = self
 
     def finish(self):
-        """Close the connection: by RST if FIN would pass a cut body off as whole.
-
-        Closing with input unread sends RST too, which destroys what the client has not read of its
-        reply (9.6), were it an empty line. So say that no more comes, and discard for a while what
-        it sends.
-        """
+        """Close the connection: by RST if FIN would pass a cut body off as whole."""
+        # Closing with input unread sends RST too, which destroys what the client has not read of
+        # its reply (9.6), were it an empty line. So say that no more comes, and discard for a while
+        # what it sends.
         deadline = time.monotonic() + LINGER_SECONDS
         with self.connection, suppress(APIError, OSError):
             if self.open_ended:
@@ -1497,10 +1497,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.ledger.enter(record, len(self.server.connections) == 1)
 
     def receive_first(self):
-        """Wait for a request to begin, behind any empty lines (2.2); return whether one did.
-
-        Silence is answered with silence: by closing.
-        """
+        """Wait for a request to begin, behind any empty lines (2.2); return whether one did."""
         self.idle_since = time.monotonic()
         try:
             while (start := self.buffer[:2]) in (b"", b"\r", b"\r\n"):
@@ -1510,20 +1507,18 @@ class Handler(BaseHTTPRequestHandler):
                     self.buffer += piece
                 else:
                     return False
-        except APIError:
+        except APIError:  # silence is answered with silence: by closing
             return False
         self.idle_since = None
         return True
 
     def receive(self, deadline):
-        """Return what the client sends next, b"" at its end; raises 408 past the deadline.
-
-        The socket's timeout is set only if it is off by a tenth: that is two system calls. Whoever
-        calls again for more is held to the deadline itself.
-        """
+        """Return what the client sends next, b"" at its end; raises 408 past the deadline."""
         left = deadline - time.monotonic()
         try:
             if left > 0:
+                # Two system calls are spared while it is about right. Who calls again for more is
+                # held to the deadline itself.
                 if abs(left - self.patience) > self.patience / 10:
                     self.patience = left
                     set_timeouts(self.connection, left, self.settings.client_timeout)
@@ -1543,8 +1538,9 @@ class Handler(BaseHTTPRequestHandler):
             if not (piece := self.receive(deadline)):
                 raise Malformed("the head of the request was cut off")
             self.buffer += piece
-        asked = self.asked = parse_request(self.buffer[:end], self.server.not_forwarded)
-        self.buffer, self.owed, self.minor = self.buffer[end + 4:], asked.length, asked.minor
+        asked, length = parse_request(self.buffer[:end], self.server.not_forwarded)
+        self.asked, self.owed, self.minor = asked, length, asked.minor
+        self.buffer = self.buffer[end + 4:]
         record.method, record.path, index = asked.method, asked.path, asked.index
         record.request_id = accepted_request_id(index, self.ids)
         self.close_connection = not asked.persistent
@@ -1553,17 +1549,14 @@ class Handler(BaseHTTPRequestHandler):
             record.trace_id = trace[1].decode()
 
     def read_body(self):
-        """Return the request's body, whole; raises 413, 408 or Malformed.
-
-        100 Continue goes out here (RFC 9110, 10.1.1), for by now the request is one to be answered.
-        The deadline moves with what has come: a slow line is served, a stalled one is not.
-        """
+        """Return the request's body, whole; raises 413, 408 or Malformed."""
         limit, length, data = self.settings.max_body_bytes, self.owed, self.buffer
         if length <= limit and 0 <= length <= len(data):  # it came with the head, as most do
             self.buffer, self.owed = data[length:], 0
             return data[:length]
         expected = self.asked.index.get(b"expect", b"").lower()
         if expected == b"100-continue" and self.minor and not data and length <= limit:
+            # Not before (RFC 9110, 10.1.1): by now the request is one to be answered.
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         began, body, pieces, received = time.monotonic(), Body(length), [], 0
         while True:
@@ -1577,6 +1570,7 @@ class Handler(BaseHTTPRequestHandler):
             if body.done:
                 self.buffer, self.owed = body.rest, 0
                 return b"".join(pieces)
+            # It moves with what has come: a slow line is served, a stalled one is not.
             data = self.receive(began + self.settings.client_timeout + received / MIN_BODY_RATE)
             if not data:
                 raise Malformed("the body of the request was cut off")
@@ -2031,10 +2025,7 @@ class Server(ThreadingHTTPServer):
             self.backends.authorization = f"Authorization: Bearer {backend_key}\r\n".encode()
 
     def server_bind(self):
-        """Bind without the stock look-up of the host's name, which takes 35 s if DNS is down.
-
-        With workers, all are woken by a connection, and those who come too late must not wait.
-        """
+        """Bind without the stock look-up of the host's name, which takes 35 s if DNS is down."""
         if self.settings.listen_fd is None:
             TCPServer.server_bind(self)
         else:
@@ -2044,7 +2035,7 @@ class Server(ThreadingHTTPServer):
                 raise ValueError("it is no TCP socket")
             self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = self.server_address[:2]
-        self.socket.setblocking(False)
+        self.socket.setblocking(False)  # of workers, all are woken; who is late must not wait
 
     def serve_forever(self, poll_interval=SWEEP_SECONDS):
         """Serve, once the first probes have told who serves what, or have had a second for it."""
@@ -2062,34 +2053,29 @@ class Server(ThreadingHTTPServer):
         return self.accept()
 
     def accept(self):
-        """Return the next connection and its address; raises OSError.
-
-        Of several workers, one that has more connections than another lets it go first: of 128
-        they took 88 and 40, or 65 and 63 with this, and the slowest hundredth took half as long.
-        A thread that waits for the GIL wakes up each 5 ms to ask for it. A thousand do little else,
-        and their slowest hundredth took twice as long: the more there are, the less often they do.
-        Out of descriptors, wait for some rather than spin.
-        """
+        """Return the next connection and its address; raises OSError."""
+        # Of several workers, one that has more connections than another lets it go first: of 128
+        # they took 88 and 40, or 65 and 63 with this, and the slowest hundredth took half as long.
         if len(self.loads) > 1 and len(self.connections) > min(self.loads) + 2:
             time.sleep(YIELD_SECONDS)
         try:
             request, address = super().get_request()
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # wait for some, rather than spin
                 time.sleep(SWEEP_SECONDS)
             raise
         request.setblocking(True)  # BSDs pass the listener's mode on
+        # A thread that waits for the GIL wakes up each 5 ms to ask for it. A thousand do little
+        # else, and their slowest hundredth took twice as long: the more, the less often they do.
         sys.setswitchinterval(max(SWITCH_SECONDS * len(self.connections), 0.005))
         return request, address
 
     def process_request(self, request, client_address):
-        """Serve a connection in a thread of its own, or refuse it.
-
-        Thread.start() would wait for the thread to run: 0.8 s for 128 connections at once.
-        """
+        """Serve a connection in a thread of its own, or refuse it."""
         if len(self.connections) < self.settings.max_connections:
             self.connections[request] = None
             with suppress(RuntimeError, MemoryError):  # the system has no thread left
+                # Thread.start() would wait for it to run: 0.8 s for 128 connections at once.
                 start_new_thread(self.process_request_thread, (request, client_address))
                 self.loads[self.number] = len(self.connections)
                 return
@@ -2193,10 +2179,8 @@ class Server(ThreadingHTTPServer):
 
 def hung_up(descriptors):
     """Return those whose peer has closed its connection; a half-close counts, as for nginx and Go.
-
-    Where there is no poll (Windows), a client's leaving is noticed when something is sent to it.
     """
-    if not hasattr(select, "poll"):
+    if not hasattr(select, "poll"):  # Windows: it is noticed when something is sent
         return []
     poller = select.poll()
     for descriptor in descriptors:
@@ -2225,11 +2209,9 @@ def awaited(settings):
 
 
 def work(server):
-    """Serve until told to stop, and drain; return the exit status.
-
-    Threads of Python take turns: on several processors each turn wakes another one. At 16
-    connections, one processor halved the CPU time of a request, and doubled the requests a second.
-    """
+    """Serve until told to stop, and drain; return the exit status."""
+    # Threads of Python take turns: on several processors each turn wakes another one. At 16
+    # connections one processor halved the CPU time of a request, and doubled the requests a second.
     with suppress(AttributeError, OSError):  # only Linux has it, and a sandbox may forbid it
         if server.settings.cpu_affinity:
             allowed, place = sorted(os.sched_getaffinity(0)), server.first_processor + server.number
@@ -2339,15 +2321,12 @@ def supervise(server):
 
 
 def prepare_descriptors():
-    """Have 0, 1 and 2 open, or a socket would get the log; take as many more as are allowed.
-
-    The soft limit is often 1,024, and a forwarded request takes two.
-    """
+    """Have 0, 1 and 2 open, or a socket would get the log; take as many more as are allowed."""
     traceback.format_stack()  # loads what it needs: later there may be no descriptor left for that
     while (descriptor := socket.socket().detach()) <= 2:  # a bare chroot has no /dev/null
         pass
     socket.close(descriptor)
-    with suppress(ImportError, OSError, ValueError):
+    with suppress(ImportError, OSError, ValueError):  # the soft limit is often 1,024: 512 requests
         import resource  # not on Windows
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -950,6 +950,18 @@ def test_a_body_whose_lines_end_with_lf_is_refused_at_once_though_nothing_follow
         assert reply.cut and b"hello".startswith(reply.body)
 
 
+def test_heads_that_differ_in_their_lengths_alone_are_told_apart(echo):
+    """All of them are parsed as one."""
+    with Client(echo) as client:
+        for length in (0, 1, 100, 1_000, 1, 0):
+            assert said(client.send(request(body=chat("x" * length))).reply()) == "Echo: " + (
+                "x" * length)
+    for lengths in ((0, 0), (5, 0), (0, 5), (5, 5)):
+        with Client(echo) as client:
+            client.send(POST + b"Content-Length: %d\r\nContent-Length: %d\r\n\r\n" % lengths)
+            assert client.reply().status == 400 and client.is_closed()
+
+
 def test_a_length_may_have_zeros_before_it(echo):
     data = POST + b"Content-Length: %b%d\r\n\r\n" % (b"0" * 5000, len(CHAT)) + CHAT
     with Client(echo) as client:
