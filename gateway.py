@@ -579,6 +579,8 @@ def token_usage(answer):
     """Return the tokens that an answer tells: {"input": n, "output": n}, or less."""
     # They stand in its last usage; what does not, in its first one (message_start of /v1/messages).
     # In a JSON string the quotes would be escaped: a model cannot write a usage into its text.
+    if len(answer) > 2 * USAGE_BYTES:
+        answer = answer[:USAGE_BYTES] + answer[-USAGE_BYTES:]
     told, usages = {}, [usage.start() for usage in USAGE.finditer(answer)]
     for at in usages[:1] + usages[1:][-1:]:
         for name, count in reversed(TOKENS.findall(answer, at, at + USAGE_BYTES)):
@@ -839,7 +841,8 @@ class Ledger:
             try:
                 with self._metrics.lock:
                     lines, self.lines, self._settled = self.lines, [], time.monotonic()
-                log(*lines)
+                if lines:
+                    log(*lines)
             finally:
                 log_lock.release()
 
@@ -1101,8 +1104,9 @@ class Backend:
     `models` are the cards of /v1/models, JSON texts by id, or None if they are not known. While
     `up` is false, others are preferred until `retry_at`, and then, once it has one request to try
     it, until `trial_until`. `silent`: its last probe had no answer in time. `lost`: it could not be
-    reached, so that a probe can tell when it is back. Changed under Backends' lock, but for what
-    probes alone change (`models`, `silent`, `probing`), and `probe_at` where one starts.
+    reached, or a probe saw it fail; so a probe can tell that it is back. Changed under Backends'
+    lock, but for what probes alone change (`models`, `silent`, `probing`), and `probe_at` where one
+    starts.
     """
 
     up, silent, lost, models, probing = True, False, False, None, None
@@ -1120,7 +1124,7 @@ class Backend:
 
 def retry_after(head):
     """Return how many seconds a busy backend asks to be left alone (RFC 9110, 10.2.3), or 0."""
-    asked = head.index.get(b"retry-after", b"").decode("latin-1")
+    asked = head.index.get(b"retry-after", b"").decode("latin-1") if head.status == 503 else ""
     with suppress(ValueError, OverflowError):
         seconds = int(asked[:9]) if asked.isdecimal() else (
             parsedate_to_datetime(asked).timestamp() - time.time())
@@ -1299,7 +1303,7 @@ class Backends:
             backend.silent = False
             if answer.head.status in BUSY:
                 return self.failed(backend, f"it answered {answer.head.status} to a probe",
-                                   retry_after(answer.head))
+                                   retry_after(answer.head), backend.up or backend.lost)
             body = b"".join(itertools.islice(filter(None, answer.pieces), MAX_LIST_PIECES))
             cards = model_cards(body) if answer.head.status == 200 else None
             backend.models = backend.models if cards is None else cards
@@ -1310,7 +1314,8 @@ class Backends:
             backend.silent = isinstance(error, BackendTimeout) or request.cancelled
             if not (backend.silent and backend.in_flight):  # some are silent while they generate
                 why = "its answer to a probe took too long" if backend.silent else error.message
-                self.failed(backend, why, lost=isinstance(error, Unreachable))
+                self.failed(backend, why, lost=(
+                    backend.up or backend.lost or isinstance(error, Unreachable)))
         except ClientGone:  # it was cancelled before it was sent
             pass
         except Exception:

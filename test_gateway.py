@@ -3224,6 +3224,15 @@ def test_retry_after_of_a_503_is_honoured_within_reason(value, seconds, clock):
         assert chats(port, 4) == {200} and min(counts(backends)) > 1
 
 
+@pytest.mark.parametrize("status", [502, 504])
+def test_retry_after_of_another_status_is_not_the_backend_s_own(status, clock):
+    no = response(b"{}", f"{status} No", "Retry-After: 60")
+    with several(*[plays(once=no)] * 2) as (port, *backends):
+        assert chats(port, 1) == {200}
+        clock.now += 1.1
+        assert chats(port, 4) == {200} and min(counts(backends)) > 1
+
+
 @pytest.mark.parametrize("fares", ["well", "and its client leaves"])
 def test_when_a_back_off_has_ended_one_request_tries_and_no_other_before_it_succeeds(fares, clock):
     go, end, numbers = threading.Event(), threading.Event(), itertools.count()
@@ -5092,15 +5101,29 @@ def test_the_last_answer_stands_if_the_other_backend_gives_none_however_its_body
         assert (reply.one("x-a"), reply.one("retry-after")) == ("b", "3")
 
 
-def test_a_probe_brings_a_backend_back_that_could_not_be_reached_however_long_it_was_gone(clock):
-    with several(plays(listed=models("m")), probe_interval=1) as (port, backend):
+@pytest.mark.parametrize("faults_seen", [("dead",), ("busy",), ("dead", "busy"), ("busy", "dead")])
+def test_a_probe_brings_a_backend_back_whose_faults_no_request_met_however_long_it_was_gone(
+        faults_seen, clock):
+    listed = []
+    def script(played, number):
+        while played.request():
+            played.send(listed[-1] if listed else models("m"))
+    with several(script, probe_interval=1) as (port, backend):
         def is_up(after):
             clock.now += after
             return states(port, "up") == [(True,)]
-        backend.die()
-        for _ in range(120):  # the back-off is 16 seconds by then, or 30
-            is_up(0.25)
-        backend.rise()
+        for fault in faults_seen:
+            if fault == "dead":
+                backend.die()
+            listed[:] = [REFUSED[503]]
+            if fault == "busy" and backend.dead:
+                backend.rise()
+            probes, began = len(backend.requests), clock.now
+            eventually(lambda: not is_up(0.25) and clock.now > began + 40 and (  # back-off: 30 s
+                backend.dead or len(backend.requests) > probes + 40))
+        listed.clear()
+        if backend.dead:
+            backend.rise()
         risen = clock.now
         eventually(lambda: is_up(0.05))
         assert clock.now - risen < 6
