@@ -158,7 +158,7 @@ KNOBS = (  # name, parser, default, what it is
     ("drain_delay", from_0, "0", "seconds before that, for load balancers to see /readyz at 503"),
     ("workers", workers, "1", "processes that serve; auto is one for each processor"),
     ("cpu_affinity", switch, "1",
-     "1 keeps each worker's requests on one processor; 0: where other programs are bound to one"),
+     "1 keeps each worker on one processor; 0 does not, where other programs are bound to one"),
     ("tls_cert_file", str, "", "certificate chain in PEM, to serve https; read again on SIGHUP"),
     ("tls_key_file", str, "", "private key of that certificate"),
     ("cors_origins", listed(origin), "",
@@ -1853,21 +1853,12 @@ SWITCH_SECONDS = 5e-5   # for each connection, 0.005 at least: how often a threa
 STACK_BYTES = 4 << 20   # of a thread: with 2 MiB, to write deeply nested JSON kills the process
 
 
-def processors():
-    """Return those that this process may use; an empty list if the system does not say."""
-    with suppress(AttributeError, OSError):  # only Linux has it, and a sandbox may forbid it
-        return sorted(os.sched_getaffinity(0))
-    return []
-
-
-def schedule(policy, places):
-    """Have the system run this thread so, and on these processors, if it can and lets us.
+def schedule(policy):
+    """Have the system schedule this thread so, if it knows the policy and lets us.
 
     Of threads of SCHED_BATCH none interrupts another when it wakes up, only to find the GIL taken:
     a quarter less CPU time at 128 connections with two workers. What must not wait is SCHED_OTHER.
     """
-    with suppress(AttributeError, OSError):
-        os.sched_setaffinity(0, places)
     with suppress(AttributeError, OSError):
         if os.sched_getscheduler(0) in (os.SCHED_OTHER, os.SCHED_BATCH):  # else somebody chose
             os.sched_setscheduler(0, getattr(os, policy), os.sched_param(0))
@@ -1923,8 +1914,8 @@ class Streams:
     handlers in `_lent` this thread alone makes the steps; that of the connection waits for `lent`.
     """
 
-    def __init__(self, places):
-        self._lock, self._epoll, self._lent, self._places = threading.Lock(), None, {}, places
+    def __init__(self):
+        self._lock, self._epoll, self._lent = threading.Lock(), None, {}
 
     def lend(self, handler, steps):
         """Have the handler's steps made, each when its link has bytes, until one has released the
@@ -1958,9 +1949,7 @@ class Streams:
             del fault  # as in Backends.open
 
     def _run(self, epoll):
-        # It may run where a processor is free: bound to that of the other threads, the slowest
-        # hundredth of the events of 32 streams took up to 2 ms, and half of that so.
-        schedule("SCHED_OTHER", self._places)
+        schedule("SCHED_OTHER")
         next_look = 0.0
         while True:
             ready = epoll.poll(SWEEP_SECONDS)
@@ -2009,10 +1998,8 @@ class Server(ThreadingHTTPServer):
     draining, supervisor, number, date, next_sweep = False, None, 0, b"", 0.0
 
     def __init__(self, settings):
-        self.settings, self.connections, self.parting, self.processors = (
-            settings, {}, [], processors())
+        self.settings, self.connections, self.parting, self.streams = settings, {}, [], Streams()
         self.first_processor = uuid.uuid4().int  # by chance: each container's gateway is process 1
-        self.streams = Streams(self.processors)
         self.metrics = Metrics(settings.workers, settings.backend_url)
         self.ledger = Ledger(settings, self.metrics)
         self.loads = memoryview(mmap.mmap(-1, 8 * settings.workers)).cast("q")
@@ -2230,10 +2217,11 @@ def work(server):
     """Serve until told to stop, and drain; return the exit status."""
     # Threads of Python take turns: on several processors each turn wakes another one. At 16
     # connections one processor halved the CPU time of a request, and doubled the requests a second.
-    places = server.processors
-    if server.settings.cpu_affinity and places:
-        places = [places[(server.first_processor + server.number) % len(places)]]
-    schedule("SCHED_BATCH", places)
+    with suppress(AttributeError, OSError):  # only Linux has it, and a sandbox may forbid it
+        if server.settings.cpu_affinity:
+            allowed, place = sorted(os.sched_getaffinity(0)), server.first_processor + server.number
+            os.sched_setaffinity(0, {allowed[place % len(allowed)]})
+    schedule("SCHED_BATCH")
     threading.Thread(target=server.serve_forever, daemon=True).start()
     with suppress(KeyboardInterrupt):
         while CAN_WAIT and signal.sigwait(awaited(server.settings)) not in STOP:

@@ -4596,23 +4596,6 @@ def test_each_worker_keeps_to_one_processor_unless_it_is_told_not_to():
         assert os.sched_getaffinity(process.pid) == ours
 
 
-@pytest.mark.skipif(not hasattr(select, "epoll"), reason="streams have no thread of their own")
-def test_event_streams_run_on_any_processor_and_requests_on_one():
-    def bonds(process):
-        tasks = os.listdir(f"/proc/{process.pid}/task")
-        return sorted(len(os.sched_getaffinity(int(task))) for task in tasks)
-    go = threading.Event()
-    with PlayedBackend(plays(go=go)) as backend:
-        with Process("--port=0", f"--backend-url={backend.url}") as process:
-            with Client(process.port) as client:
-                client.send(request("POST", CHATS + "?held", STREAM))
-                wait_for(client, b"data: ")
-                expected = [1, 1, 1, len(os.sched_getaffinity(0))]  # main, accepting, the client's
-                eventually(lambda: bonds(process) == expected)
-                go.set()
-                assert DONE in client.until(b"0\r\n\r\n")
-
-
 def test_gateways_that_are_all_process_1_of_their_containers_do_not_share_one_processor(tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import os\nos.getpid = lambda: 1\n")
     bonds = set()
