@@ -813,8 +813,7 @@ class Ledger:
         self._form, self._metrics = settings.log_format, metrics
 
     def enter(self, record, alone):
-        """Take a request that ends now. Where nobody reads stderr, many lines wait, and so does it.
-        """
+        """Take a request that ends now; wait if many lines do, as where nobody reads stderr."""
         now = time.monotonic()
         record.time, record.duration_ms = timestamp(time.time()), (now - record.began) * 1000
         self.ended.append(record)
@@ -2183,8 +2182,7 @@ class Server(ThreadingHTTPServer):
 
 
 def hung_up(descriptors):
-    """Return those whose peer has closed its connection; a half-close counts, as for nginx and Go.
-    """
+    """Return those whose peer has closed its connection, or its half, as nginx and Go see it."""
     if not hasattr(select, "poll"):  # Windows: it is noticed when something is sent
         return []
     poller = select.poll()
