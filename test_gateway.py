@@ -1877,6 +1877,22 @@ def test_a_response_without_a_body_is_one_and_the_connections_go_on():
         assert backend.connections == 4
 
 
+def test_responses_that_differ_in_their_lengths_alone_are_told_apart():
+    """All of them are parsed as one, but for those that tell the length of another body."""
+    none, cases = {"HEAD": "200 OK", "GET": "304 No", "POST": "204 No"}, []
+    for length in (0, 1, 100, 1_000, 1, 0):
+        cases.append(("POST", response(b"x" * length), b"x" * length, str(length)))
+        for method, status in none.items():
+            head = b"HTTP/1.1 %b\r\nContent-Length: %d\r\n\r\n" % (status.encode(), length)
+            cases.append((method, head, b"", str(length) if method != "POST" else None))
+    with forward(by_case([answer for _, answer, _, _ in cases])) as (port, backend):
+        with Client(port) as client:
+            for case, (method, answer, body, told) in enumerate(cases):
+                reply = client.send(request(method, f"{FILES}?{case}")).reply(method)
+                assert (reply.body, reply.all("content-length")) == (body, [told] * bool(told))
+        assert backend.connections == 1 + 4 * len(none)  # behind each body that may yet follow
+
+
 def test_a_body_that_a_backend_sends_after_all_to_head_is_nobodys_response():
     def script(played, number):
         while read := played.request():
