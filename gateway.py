@@ -1731,7 +1731,7 @@ class Handler(BaseHTTPRequestHandler):
             length = UNTIL_CLOSE
         else:
             length = response.length
-        self.write_head(head.status, head.reason, fields, length, response.body or b"")
+        self.write_head(head.status, head.reason, fields, length, response.body)
         if response.body is not None:
             record.answer = response.body
             return
@@ -1771,6 +1771,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.write_piece(piece)
                 answer += piece
                 del answer[USAGE_BYTES:-USAGE_BYTES]  # its beginning and its end stay
+            if self.unsent and not self.lent:
+                self.send(b"")  # nothing has come with the head of the response
             yield True
         answer += tail
         if unproven and (tail or self.record.path in PARSED and self.record.status == 200) and (
@@ -1789,8 +1791,8 @@ class Handler(BaseHTTPRequestHandler):
                         None if status == 204 else len(body),
                         b"" if self.record.method == "HEAD" else body)
 
-    def write_head(self, status, reason, fields, length, body=b""):
-        """Send the head of the reply, and with it the body if that is here, whole.
+    def write_head(self, status, reason, fields, length, body=None):
+        """Send the head of the reply, and with it the body; if that is None, its first piece.
 
         `length` is that of the body; None for a head that needs no framing. An unknown one is
         framed as chunks, or for a client of HTTP/1.0 by closing.
@@ -1805,9 +1807,13 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection, framing = True, framing + b"Connection: close\r\n"
         elif not self.minor:
             framing += b"Connection: keep-alive\r\n"
-        record.status, record.bytes, record.first = status, len(body), time.monotonic()
-        self.send(b"HTTP/1.1 %d %b\r\n%b%b%bX-Request-ID: %b\r\n\r\n%b" % (
-            status, reason, fields, self.cors, framing, record.request_id.encode(), body))
+        record.status, record.bytes, record.first = status, len(body or b""), time.monotonic()
+        head = b"HTTP/1.1 %d %b\r\n%b%b%bX-Request-ID: %b\r\n\r\n%b" % (
+            status, reason, fields, self.cors, framing, record.request_id.encode(), body or b"")
+        if body is None:
+            self.unsent = head
+        else:
+            self.send(head)
 
     def write_piece(self, piece):
         """Write a piece of a body of unknown length, behind its head; an empty one would end it."""
@@ -1817,14 +1823,15 @@ class Handler(BaseHTTPRequestHandler):
     def send(self, data):
         """Send bytes as fast as the client takes them; raises ClientGone if it does not.
 
-        While we are `lent`, what it does not take at once is added to `unsent`.
+        What is `unsent` goes before them; while we are `lent`, it is what was not taken at once.
         """
+        if self.unsent:
+            data, self.unsent = self.unsent + data, b""
         try:
             if self.lent:
                 with suppress(BlockingIOError):
-                    if not self.unsent:
-                        data = data[self.connection.send(data, socket.MSG_DONTWAIT):]
-                self.unsent += data
+                    data = data[self.connection.send(data, socket.MSG_DONTWAIT):]
+                self.unsent = data
                 return
             if self.connection is not self.request:  # of TLS: one time-out serves both directions
                 self.patience = self.settings.client_timeout
@@ -1954,10 +1961,9 @@ class Streams:
                 self._lent[descriptor] = handler, steps, link
             fault = handler.lent.get()
         handler.lent, request.flags = None, 0
-        unsent, handler.unsent = handler.unsent, b""
         try:
-            if unsent:
-                handler.send(unsent)
+            if handler.unsent:
+                handler.send(b"")
             if fault:
                 raise fault
         finally:

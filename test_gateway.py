@@ -2216,6 +2216,16 @@ def test_the_head_of_a_stream_does_not_wait_for_its_first_event(first):
         assert client.send(request(body=STREAM)).head().status == 200
 
 
+@pytest.mark.parametrize("head", [STREAM_HEAD, CHUNKED_HEAD, ok(b"Content-Length: 9", body=b"")])
+def test_what_has_come_with_the_head_of_a_response_goes_out_with_that_of_the_reply(head):
+    event = b"data: 1\n\n"
+    first = chunked(event, end=False) if b"chunked" in head else event[:-1]
+    with forward(stepwise(threading.Semaphore(1), head + first)) as (port, _):
+        with Client(port) as client:
+            assert client.send(request(body=STREAM)).more()
+            assert b"\r\n\r\n" in client.buffer and b"data: 1" in client.buffer
+
+
 def test_fields_against_buffering_are_added_to_event_streams_where_they_are_missing():
     lines = ["X-Accel-Buffering: yes", "Cache-Control: private", "Content-Encoding: x"]
     streams = [STREAM_HEAD[:-2] + f"{line}\r\n\r\n".encode() + chunked(DONE) for line in lines]
