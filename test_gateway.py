@@ -17,6 +17,7 @@ import gzip
 import itertools
 import json
 import os
+import queue
 import re
 import select
 import signal
@@ -2705,6 +2706,57 @@ def test_a_connection_that_cannot_be_served_does_not_end_the_server(monkeypatch,
         with Client(server.port) as client:
             assert client.reply().error()["code"] == "too_many_connections"
         assert ask(server.port, "GET", "/healthz").json() == OK
+
+
+def test_a_thread_serves_one_connection_after_another_and_ends_when_none_comes(monkeypatch):
+    started, ended, start = [], [], gateway.start_new_thread
+
+    def counted(function, arguments):
+        def run(*arguments):
+            started.append(function)
+            function(*arguments)
+            ended.append(function)
+        start(run, arguments)
+
+    def two_at_once():
+        with Client(server.port) as first, Client(server.port) as second:
+            for client in (first, second):
+                assert client.send(HEALTH).reply().json() == OK
+        eventually(lambda: not server.connections)
+    monkeypatch.setattr(gateway, "start_new_thread", counted)
+    monkeypatch.setattr(gateway, "THREAD_SECONDS", SECONDS)
+    with serve() as server:
+        for _ in range(3):
+            assert ask(server.port, "GET", "/healthz").json() == OK
+            eventually(lambda: server.idle)
+        assert started.count(server.serve) == 1
+        two_at_once()
+        eventually(lambda: len(server.idle) == 2)
+        monkeypatch.setattr(gateway, "THREAD_SECONDS", 0.01)
+        two_at_once()
+        assert started.count(server.serve) == 2
+        eventually(lambda: ended.count(server.serve) == 2)
+        assert ask(server.port, "GET", "/healthz").json() == OK
+        assert started.count(server.serve) == 3
+
+
+def test_a_connection_that_comes_when_its_thread_is_about_to_end_is_served(monkeypatch):
+    ended = threading.Event()
+
+    class Late(queue.SimpleQueue):
+        def get(self, timeout=None):
+            if timeout is None:
+                return super().get()
+            eventually(lambda: self not in server.idle or ended.is_set())
+            raise queue.Empty
+
+    monkeypatch.setattr(gateway, "SimpleQueue", Late)
+    with serve() as server:
+        for _ in range(3):
+            assert ask(server.port, "GET", "/healthz").json() == OK
+            eventually(lambda: server.idle)
+        ended.set()
+        eventually(lambda: not server.idle)
 
 
 def test_a_failing_sweep_does_not_end_the_server(monkeypatch, faults):
