@@ -934,11 +934,12 @@ class Link:
 
     `idle_since` is when it was last used, or heard by Streams; `reused`: it had a request before,
     and nothing of this one's answer has come. `persistent` turns false if a request broke off (what
-    follows would be taken for the rest of it) or the backend said close. Without poll (Windows),
-    links are not used again.
+    follows would be taken for the rest of it) or the backend said close. `reset`: it broke while we
+    sent, which recv() does not tell again: it gives what had come, and then b"", as at a good end.
+    Without poll (Windows), links are not used again.
     """
 
-    reused, persistent, patience = False, True, None
+    reused, persistent, reset, patience = False, True, False, None
 
     def __init__(self, sock, key):
         self.sock, self.key = sock, key
@@ -1041,8 +1042,8 @@ class Pool(urllib.request.BaseHandler):
                 link.sock.sendall(part)
         except OSError as error:  # an answer may be there already, such as a 413
             link.persistent = False
-            if isinstance(error, (TimeoutError, BlockingIOError)) and not (
-                    link.poller and link.poller.poll(0)):
+            link.reset = not isinstance(error, (TimeoutError, BlockingIOError))
+            if not (link.reset or link.poller and link.poller.poll(0)):
                 raise BackendTimeout("does not take the request") from None
         try:
             while not head or head.status < 200:
@@ -1076,7 +1077,7 @@ class Pool(urllib.request.BaseHandler):
             if body.malformed:
                 raise Broken("broke HTTP: its body's chunks are malformed")
             data = link.receive(request.flags)
-            if data == b"" and length == UNTIL_CLOSE and not request.cancelled:
+            if data == b"" and length == UNTIL_CLOSE and not (request.cancelled or link.reset):
                 return
             if not data:
                 raise Broken("closed the connection in the middle of its response")

@@ -1894,6 +1894,22 @@ def test_responses_that_differ_in_their_lengths_alone_are_told_apart():
         assert backend.connections == 1 + 4 * len(none)  # behind each body that may yet follow
 
 
+@pytest.mark.parametrize("head", [
+    OK_HEAD, OK_HEAD[:-2] + b"Content-Type: text/event-stream\r\n\r\n"], ids=["plain", "events"])
+def test_an_answer_is_not_whole_if_its_backend_reset_the_connection_while_it_was_sent_to(head):
+    """The error went to send(): after it, recv() says only that there is no more."""
+    event = b"data: 1\n\n"
+
+    def script(played, number):
+        played.socket.recv(1)
+        played.send(head + event)
+        played.reset()
+    with forward(script) as (port, _):
+        reply = ask(port, "POST", FILES, b"x" * (20 << 20))
+        assert reply.status == 200 and reply.body.startswith(event)
+        assert reply.cut or b'"backend_error"' in reply.body
+
+
 def test_a_body_that_a_backend_sends_after_all_to_head_is_nobodys_response():
     def script(played, number):
         while read := played.request():
