@@ -427,7 +427,8 @@ def parse_of_any_length(parse, head, *more):
     """Return what `parse` makes of a head, and the length of the body that is told there."""
     # The heads of one client, or backend, often differ in their lengths alone. With 1 for each of
     # these they are all the same to `parse`, which remembers them: requests of OpenAI's SDK take 61
-    # us of CPU in place of 89, and where their responses differ so too, 68 in place of 79.
+    # us of CPU in place of 89, and where their responses differ so too, 68 in place of 79. So what
+    # `index` has as Content-Length is no length, but where `parse` was called without this.
     told = LENGTH.search(head)
     if not told:
         return parse(head, *more)
@@ -878,8 +879,8 @@ MAX_RETRY_AFTER = 300   # seconds that a backend may ask for
 MAX_LIST_PIECES = 64    # of a list of models, each of up to RECEIVE_BYTES
 BUSY = frozenset((502, 503, 504, 508))  # it, or one behind it, cannot answer now: another may
 
-# `body` is None if it has not all come with the head; `pieces` yields it as it comes, and raises
-# Broken or BackendTimeout if it does not become whole.
+# `length` is that of the body, and `body` None if it has not all come with the head; `pieces`
+# yields it as it comes, and raises Broken or BackendTimeout if it does not become whole.
 Response = namedtuple("Response", "backend head length body pieces")
 
 
@@ -1451,7 +1452,8 @@ def request_ids():
 class Handler(BaseHTTPRequestHandler):
     """Serves one client's connection.
 
-    Invariant: `buffer` holds what came and was not used; `forwarding` is the BackendRequest under
+    Invariant: `buffer` holds what came and was not used, `unsent` what has still to be sent: a head
+    without a body yet, or what a slow client did not take. `forwarding` is the BackendRequest under
     way, which Server.sweep cancels if the client has gone, unless we are `deaf` to that; while a
     request is awaited, `idle_since` is set; FIN would pass an `open_ended` reply off as whole;
     while Streams makes the steps of our relay, all this is its thread's, and `lent` a queue for it
@@ -1772,7 +1774,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.write_piece(piece)
                 answer += piece
                 del answer[USAGE_BYTES:-USAGE_BYTES]  # its beginning and its end stay
-            if self.unsent and not self.lent:
+            if self.unsent:
                 self.send(b"")  # nothing has come with the head of the response
             yield True
         answer += tail
@@ -1793,7 +1795,8 @@ class Handler(BaseHTTPRequestHandler):
                         b"" if self.record.method == "HEAD" else body)
 
     def write_head(self, status, reason, fields, length, body=None):
-        """Send the head of the reply, and with it the body; if that is None, its first piece.
+        """Send the head of the reply, and with it the body; if that is None, leave it `unsent`: it
+        goes out with the first piece, or when that has to be waited for.
 
         `length` is that of the body; None for a head that needs no framing. An unknown one is
         framed as chunks, or for a client of HTTP/1.0 by closing.
@@ -1824,7 +1827,7 @@ class Handler(BaseHTTPRequestHandler):
     def send(self, data):
         """Send bytes as fast as the client takes them; raises ClientGone if it does not.
 
-        What is `unsent` goes before them; while we are `lent`, it is what was not taken at once.
+        What is `unsent` goes first. While we are `lent`, what is not taken at once is that then.
         """
         if self.unsent:
             data, self.unsent = self.unsent + data, b""
@@ -1844,6 +1847,8 @@ class Handler(BaseHTTPRequestHandler):
     def fail(self, error):
         """Answer with an error: as JSON, in a begun event stream as an event, else by a cut."""
         record, begun = self.record, self.record.first is not None
+        if self.unsent:  # the head that has begun it
+            self.unsent, self.open_ended, begun = b"", False, False
         record.outcome = error.code
         record.result = "cut" if begun else "failed" if error.status >= 500 else "refused"
         if not record.request_id:  # the head was not understood; some of it counts all the same
@@ -1871,7 +1876,7 @@ class Handler(BaseHTTPRequestHandler):
 SWEEP_SECONDS = 0.1     # a vanished client's backend is stopped within about this
 MAX_ACCEPTS = 256       # connections that are accepted before other duties are looked after
 YIELD_SECONDS = 0.0005  # for another worker to accept a connection
-THREAD_SECONDS = 1      # that a thread waits for a further connection: it holds 0.1 MiB
+THREAD_SECONDS = 1      # that a thread waits for a further connection
 PARTING_SECONDS = 1     # for a 503 to arrive, a kept connection's last request, the first probes
 SWITCH_SECONDS = 5e-5   # for each connection, 0.005 at least: how often a thread asks for the GIL
 STACK_BYTES = 4 << 20   # of a thread: with 2 MiB, to write deeply nested JSON kills the process
@@ -2100,14 +2105,14 @@ class Server(ThreadingHTTPServer):
         return request, address
 
     def process_request(self, request, client_address):
-        """Serve a connection in a thread of its own, or refuse it."""
+        """Give a connection to a thread that waits for one, or to a new one; or refuse it."""
         if len(self.connections) < self.settings.max_connections:
-            self.connections[request] = None
+            self.connections[request], connection = None, (request, client_address)
             with suppress(RuntimeError, MemoryError):  # the system has no thread left
                 try:
-                    self.idle.pop().put((request, client_address))
+                    self.idle.pop().put(connection)
                 except IndexError:  # Thread.start() would wait: 0.8 s for 128 connections at once
-                    start_new_thread(self.serve, (request, client_address))
+                    start_new_thread(self.serve, connection)
                 self.loads[self.number] = len(self.connections)
                 return
             self.connections.pop(request)
@@ -2129,9 +2134,9 @@ class Server(ThreadingHTTPServer):
         """Serve a connection in this thread, and then those that come soon."""
         # A request that comes with a connection of its own takes 120 us of CPU so, and 180 with a
         # thread of its own.
-        queue = SimpleQueue()
         while True:
             self.process_request_thread(request, address)
+            queue = SimpleQueue()
             self.idle.append(queue)
             try:
                 request, address = queue.get(timeout=THREAD_SECONDS)

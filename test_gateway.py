@@ -2243,6 +2243,22 @@ def test_what_has_come_with_the_head_of_a_response_goes_out_with_that_of_the_rep
             assert b"\r\n\r\n" in client.buffer and b"data: 1" in client.buffer
 
 
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize("head", [STREAM_HEAD, OK_HEAD, ok(b"Content-Length: 9", body=b"")])
+def test_our_own_fault_before_anything_of_the_reply_went_out_is_a_500(
+        version, head, monkeypatch, faults):
+    def fail(*_):
+        monkeypatch.undo()
+        raise MemoryError
+    with forward(answers(head + b"data")) as (port, _), Client(port) as client:
+        monkeypatch.setattr(gateway.Body, "feed", fail)
+        reply = client.send(request("GET", FILES, version=version)).reply()
+        assert (reply.status, reply.error()["code"]) == (500, "internal_error")
+        assert version == "1.1" or client.is_closed()
+    assert faults
+    faults.clear()
+
+
 def test_fields_against_buffering_are_added_to_event_streams_where_they_are_missing():
     lines = ["X-Accel-Buffering: yes", "Cache-Control: private", "Content-Encoding: x"]
     streams = [STREAM_HEAD[:-2] + f"{line}\r\n\r\n".encode() + chunked(DONE) for line in lines]
@@ -2748,6 +2764,10 @@ def test_a_thread_serves_one_connection_after_another_and_ends_when_none_comes(m
         assert started.count(server.serve) == 1
         two_at_once()
         eventually(lambda: len(server.idle) == 2)
+        longest = server.idle[0]
+        assert ask(server.port, "GET", "/healthz").json() == OK
+        eventually(lambda: len(server.idle) == 2)
+        assert server.idle[0] is longest  # who is not needed can end
         monkeypatch.setattr(gateway, "THREAD_SECONDS", 0.01)
         two_at_once()
         assert started.count(server.serve) == 2
