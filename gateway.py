@@ -437,8 +437,10 @@ def parse_of_any_length(parse, head, *more):
 
 
 @remembered
-def parse_known_request(head, drop):
-    """Return what parse_request does, for a head that may be remembered."""
+def parse_request(head, drop):
+    """Return the Request (3) that a head is, and the length of its body, which may be CHUNKED;
+    raises Malformed: 400, 431, 501 or 505.
+    """
     match, index, persistent, fields = parse_head(head, drop, REQUEST_LINE, "METHOD /path HTTP/1.1")
     if match[3] != b"1":
         raise Malformed("set the client to HTTP/1.1", 505)
@@ -458,13 +460,6 @@ def parse_known_request(head, drop):
     length = body_length(index, minor, 0)
     return Request(method, path.decode(), target.decode(), minor, authority, persistent, index,
                    fields), length
-
-
-def parse_request(head, drop):
-    """Return the Request (3) that a head is, and the length of its body, which may be CHUNKED;
-    raises Malformed: 400, 431, 501 or 505.
-    """
-    return parse_of_any_length(parse_known_request, head, drop)
 
 
 def body_length(index, minor, otherwise):
@@ -1560,7 +1555,8 @@ class Handler(BaseHTTPRequestHandler):
             if not (piece := self.receive(deadline)):
                 raise Malformed("the head of the request was cut off")
             self.buffer += piece
-        asked, length = parse_request(self.buffer[:end], self.server.not_forwarded)
+        asked, length = parse_of_any_length(
+            parse_request, self.buffer[:end], self.server.not_forwarded)
         self.asked, self.owed, self.minor = asked, length, asked.minor
         self.buffer = self.buffer[end + 4:]
         record.method, record.path, index = asked.method, asked.path, asked.index
