@@ -1823,7 +1823,7 @@ class Handler(BaseHTTPRequestHandler):
     def send(self, data):
         """Send bytes as fast as the client takes them; raises ClientGone if it does not.
 
-        What is `unsent` goes first. While we are `lent`, what is not taken at once is that then.
+        What is `unsent` goes first. While we are `lent`, what is not taken at once is kept so.
         """
         if self.unsent:
             data, self.unsent = self.unsent + data, b""
@@ -1843,7 +1843,7 @@ class Handler(BaseHTTPRequestHandler):
     def fail(self, error):
         """Answer with an error: as JSON, in a begun event stream as an event, else by a cut."""
         record, begun = self.record, self.record.first is not None
-        if self.unsent:  # the head that has begun it
+        if self.unsent:  # its head is ready, and none of it has gone out
             self.unsent, self.open_ended, begun = b"", False, False
         record.outcome = error.code
         record.result = "cut" if begun else "failed" if error.status >= 500 else "refused"
@@ -1863,11 +1863,11 @@ class Handler(BaseHTTPRequestHandler):
 
 
 # == 8. Server =====================================================================================
-# Binds, gives each connection a thread, and refuses those past the limit; one thread relays the
-# events of all streams. Workers share one socket, and even out how many connections each has. Ten
-# times a second it looks for clients that left while a backend works for them, for probes that are
-# due, and for requests that are not yet logged. To stop, it says so at /readyz, then takes no more
-# connections and waits for the requests in flight.
+# Binds, gives each connection to a thread, and refuses those past the limit; one thread relays
+# the events of all streams. Workers share one socket, and even out how many connections each has.
+# Ten times a second it looks for clients that left while a backend works for them, for probes that
+# are due, and for requests that are not yet logged. To stop, it says so at /readyz, then takes no
+# more connections and waits for the requests in flight.
 
 SWEEP_SECONDS = 0.1     # a vanished client's backend is stopped within about this
 MAX_ACCEPTS = 256       # connections that are accepted before other duties are looked after
@@ -2103,7 +2103,8 @@ class Server(ThreadingHTTPServer):
     def process_request(self, request, client_address):
         """Give a connection to a thread that waits for one, or to a new one; or refuse it."""
         if len(self.connections) < self.settings.max_connections:
-            self.connections[request], connection = None, (request, client_address)
+            self.connections[request] = None
+            connection = request, client_address  # made here: no thread may be taken in vain
             with suppress(RuntimeError, MemoryError):  # the system has no thread left
                 try:
                     self.idle.pop().put(connection)
