@@ -171,8 +171,8 @@ EXAMPLE = ("curl http://127.0.0.1:8080/v1/chat/completions"
 def read_settings(argv, environ):
     """Return a namespace with an attribute for each knob; exits with 2 if a value is bad.
 
-    `credentials` is what read_credentials returned; `listen_fd` the descriptor of a socket that
-    systemd passed on (sd_listen_fds), or None.
+    `credentials` is what read_credentials returned, `proxies` what proxy_for does for each backend;
+    `listen_fd` the descriptor of a socket that systemd passed on (sd_listen_fds), or None.
     """
     parser = argparse.ArgumentParser(
         prog="gateway.py", usage=argparse.SUPPRESS, allow_abbrev=False, exit_on_error=False,
@@ -195,6 +195,7 @@ def read_settings(argv, environ):
     settings.listen_fd = 3 if environ.get("LISTEN_PID") == str(os.getpid()) else None
     try:
         settings.credentials = keys, backend_key, _ = read_credentials(settings)
+        settings.proxies = [proxy_for(url) for url in settings.backend_url]
     except ValueError as error:
         parser.error(error)
     if settings.listen_fd and environ.get("LISTEN_FDS") != "1":
@@ -253,6 +254,24 @@ def is_loopback(host):
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host.lower().rstrip(".").rpartition(".")[2] == "localhost"
+
+
+def proxy_for(url):
+    """Return the address of the environment's proxy for a backend, and the fields to log in there;
+    None if there is none. Raises ValueError.
+    """
+    backend = urllib.parse.urlsplit(url)
+    proxy = urllib.request.getproxies().get(backend.scheme)
+    if is_loopback(backend.hostname) or not proxy or urllib.request.proxy_bypass(backend.netloc):
+        return None
+    try:
+        parts = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+        parts.port
+    except ValueError:  # whose text may be a part of a password
+        raise ValueError(f"{backend.scheme.upper()}_PROXY is no proxy's address") from None
+    login, _, address = parts.netloc.rpartition("@")
+    words = b64encode(urllib.parse.unquote_to_bytes(login)).decode()
+    return address, {"Proxy-Authorization": f"Basic {words}"} if login else {}
 
 
 # == 2. Errors =====================================================================================
@@ -890,25 +909,6 @@ def set_timeouts(sock, receive, send):
         sock.setsockopt(socket.SOL_SOCKET, option, struct.pack(form, whole, rest))
 
 
-@lru_cache(256)
-def proxy_for(scheme, host):
-    """Return the address of the environment's proxy for this host, and the fields to log in there;
-    None if there is none. Raises ValueError for what is no address. As slow as a connect.
-    """
-    name = urllib.parse.urlsplit(f"//{host}").hostname or ""
-    proxy = urllib.request.getproxies().get(scheme)
-    if is_loopback(name) or not proxy or urllib.request.proxy_bypass(host):
-        return None
-    parts = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    login, _, address = parts.netloc.rpartition("@")
-    try:
-        parts.port
-    except ValueError:  # whose text may be a part of a password
-        raise ValueError("its address is wrong") from None
-    words = b64encode(urllib.parse.unquote_to_bytes(login)).decode()
-    return address, {"Proxy-Authorization": f"Basic {words}"} if login else {}
-
-
 class BackendRequest(urllib.request.Request):
     """A request on its way to a backend; `fields` are its header lines but Host, ready as bytes.
 
@@ -998,19 +998,17 @@ class Pool(urllib.request.BaseHandler):
     def _dial(self, request):
         """Give the request a new link, and return it; raises Unreachable."""
         (scheme, host), timeout = request.backend.key, self._settings.connect_timeout
-        proxy = connection = None
+        proxy = request.backend.proxy
+        address, login = proxy or (host, {})
+        connection = http.client.HTTPSConnection(
+            address, timeout=timeout, context=self._tls) if scheme == "https" else (
+            http.client.HTTPConnection(address, timeout=timeout))
+        if proxy:  # by CONNECT, for http as well
+            connection.set_tunnel(host, headers=login)
         try:
-            proxy = proxy_for(scheme, host)
-            address, login = proxy or (host, {})
-            connection = http.client.HTTPSConnection(
-                address, timeout=timeout, context=self._tls) if scheme == "https" else (
-                http.client.HTTPConnection(address, timeout=timeout))
-            if proxy:  # by CONNECT, for http as well
-                connection.set_tunnel(host, headers=login)
             connection.connect()
         except (OSError, http.client.HTTPException, ValueError) as error:
-            if connection:  # what is no HTTP leaves it open
-                connection.close()
+            connection.close()  # what is no HTTP leaves it open
             why = ascii(str(error))[1:-1]  # a proxy may have chosen its words
             raise Unreachable(f"{scheme}://{host} cannot be reached"
                               f"{' by its proxy' if proxy else ''}: {why}") from None
@@ -1123,8 +1121,8 @@ class Backend:
     up, silent, lost, models, probing = True, False, False, None, False
     back_off, retry_at, trial_until, probe_at, in_flight, chosen = 0, 0.0, 0.0, 0.0, 0, 0
 
-    def __init__(self, url):
-        self.url, parts = url, urllib.parse.urlsplit(url)
+    def __init__(self, url, proxy):
+        self.url, self.proxy, parts = url, proxy, urllib.parse.urlsplit(url)
         self.key = self.scheme, self.host = parts.scheme, parts.netloc
         self.path, self.host_line = parts.path, b"Host: %b\r\n" % self.host.encode()
 
@@ -1157,7 +1155,8 @@ class Backends:
     """Where requests are forwarded to: who is up, who serves what, and who is next."""
 
     def __init__(self, settings):
-        self.settings, self.all = settings, [Backend(url) for url in settings.backend_url]
+        self.settings = settings
+        self.all = [Backend(*each) for each in zip(settings.backend_url, settings.proxies)]
         self.pool, self._opener = Pool(settings), urllib.request.OpenerDirector()
         self._opener.add_handler(self.pool)
         self._lock, self._turns = threading.Lock(), itertools.count(1)
@@ -2384,15 +2383,9 @@ def start_up_line(server):
         example = EXAMPLE.replace("http://127.0.0.1:8080", here)
         example += " -H 'Authorization: Bearer KEY'" if server.keys else ""
         return f"{line} in echo mode; try: {example}{' -k' if server.tls else ''}"
-    places = []
-    for backend in server.backends.all:
-        try:
-            proxy = proxy_for(backend.scheme, backend.host)
-            by = f" by the proxy {proxy[0]}" if proxy else ""
-        except ValueError:
-            by = f" by a proxy whose address in {backend.scheme.upper()}_PROXY is wrong"
-        places.append(backend.url + by)
-    return f"{line}, forwarding to {', '.join(places)}"
+    return f"{line}, forwarding to " + ", ".join(
+        backend.url + (f" by the proxy {backend.proxy[0]}" if backend.proxy else "")
+        for backend in server.backends.all)
 
 
 def main():
