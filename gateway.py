@@ -1476,8 +1476,8 @@ class Handler(BaseHTTPRequestHandler):
             if self.connection is not self.request:
                 with suppress(OSError, ValueError):  # tell TLS that this is the end (RFC 8446, 6.1)
                     self.connection.unwrap()
-            if not self.owed:  # all was read, unless a byte has come behind it
-                self.connection.recv(RECEIVE_BYTES)  # raises BlockingIOError if not
+            if not self.owed:  # where nothing is unread, FIN will do: this raises BlockingIOError
+                self.connection.recv(RECEIVE_BYTES)
             self.connection.setblocking(True)
             self.patience = 0  # that has taken TLS its time-out
             self.connection.shutdown(socket.SHUT_WR)  # of TLS too: what comes is discarded
