@@ -442,12 +442,11 @@ def parse_head(head, drop, first_line, form):
         if name not in drop and name not in options])
 
 
-def parse_of_any_length(parse, head, *more):
-    """Return what `parse` makes of a head, and the length of the body that is told there."""
+def parse_but_length(parse, head, *more):
+    """Return what `parse` makes of a head, but with a Content-Length of 1, and the one it tells."""
     # The heads of one client, or backend, often differ in their lengths alone. With 1 for each of
     # these they are all the same to `parse`, which remembers them: requests of OpenAI's SDK take 61
-    # us of CPU in place of 89, and where their responses differ so too, 68 in place of 79. So what
-    # `index` has as Content-Length is no length, but where `parse` was called without this.
+    # us of CPU in place of 89, and where their responses differ so too, 68 in place of 79.
     told = LENGTH.search(head)
     if not told:
         return parse(head, *more)
@@ -524,7 +523,7 @@ def parse_response(head, drop, to_head):
     """
     if to_head or head[9:12] in (b"204", b"304"):  # what they tell is the length of another body
         return parse_known_response(head, drop, to_head)
-    return parse_of_any_length(parse_known_response, head, drop, to_head)
+    return parse_but_length(parse_known_response, head, drop, to_head)
 
 
 def accepted_request_id(index, ids):
@@ -1548,7 +1547,7 @@ class Handler(BaseHTTPRequestHandler):
             if not (piece := self.receive(deadline)):
                 raise Malformed("the head of the request was cut off")
             self.buffer += piece
-        asked, length = parse_of_any_length(
+        asked, length = parse_but_length(
             parse_request, self.buffer[:end], self.server.not_forwarded)
         self.asked, self.owed, self.minor = asked, length, asked.minor
         self.buffer = self.buffer[end + 4:]
