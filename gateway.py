@@ -1526,8 +1526,8 @@ class Handler(BaseHTTPRequestHandler):
         left = deadline - time.monotonic()
         try:
             if left > 0:
-                # Two system calls are spared while it is about right. Who calls again for more is
-                # held to the deadline itself.
+                # One that is right to a tenth stays, which spares two system calls: the deadline
+                # itself is looked at before each read.
                 if abs(left - self.patience) > self.patience / 10:
                     self.patience = left
                     set_timeouts(self.connection, left, self.settings.client_timeout)
