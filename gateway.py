@@ -2069,9 +2069,9 @@ class Server(ThreadingHTTPServer):
         super().serve_forever(poll_interval)
 
     def get_request(self):
-        """Accept all connections that wait, at once: the threads of some would delay the others."""
-        for _ in range(MAX_ACCEPTS):
-            self.process_request(*self.accept())  # raises BlockingIOError when there is no more
+        """Give all connections that wait to threads; BlockingIOError says that there is no more."""
+        for _ in range(MAX_ACCEPTS):  # at once: the threads of some would delay the others
+            self.process_request(*self.accept())
         return self.accept()
 
     def accept(self):
