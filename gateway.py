@@ -2130,7 +2130,7 @@ class Server(ThreadingHTTPServer):
             try:
                 request, address = queue.get(timeout=THREAD_SECONDS)
             except Empty:
-                with suppress(ValueError):  # it is gone: a connection comes at this moment
+                with suppress(ValueError):  # process_request has just taken it: a connection comes
                     return self.idle.remove(queue)
                 request, address = queue.get()
 
