@@ -1171,9 +1171,9 @@ class Backends:
         After a time-out none does: the backend may be at work. The last answer stands; without one,
         the last failure of a backend that was reached; without that, the first one.
         """
-        answer, failure, left = None, None, 2 if request.repeatable else 1
+        answer, failure, tries_left = None, None, 2 if request.repeatable else 1
         try:
-            while left and self._choose(request, record.tries, only_free=(
+            while tries_left and self._choose(request, record.tries, only_free=(
                     answer and answer.head.status == 429)):
                 try:
                     answer = self._try(request, record)
@@ -1186,7 +1186,7 @@ class Backends:
                     failure = error
                     if isinstance(error, BackendTimeout):
                         break
-                left -= 1
+                tries_left -= 1
             if request.cancelled:  # perhaps when it had no link, between two answers
                 raise ClientGone
             record.backend = (answer or failure).backend.url
