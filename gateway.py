@@ -1742,8 +1742,8 @@ class Handler(BaseHTTPRequestHandler):
     def relay_pieces(self, pieces, events, unproven=False):
         """Pass each piece of a body on as it comes; note its beginning and end, for the usage.
 
-        Yields True where the next one has to be waited for. Of an event stream, what is behind the
-        last whole event is held back: if the backend dies, an error event can follow at a boundary.
+        Yields True behind each; the next one has to be waited for. Of an event stream, what is
+        behind the last whole event is held back: if the backend dies, an error event can follow.
         An `unproven` one is cut if it ends within an event, or without [DONE] where there is one.
         """
         tail, self.at_boundary = b"", events
@@ -1990,7 +1990,7 @@ class Streams:
         link.idle_since, fault = now, None
         try:
             if next(steps, False) and handler.forwarding.link and not handler.unsent:
-                return
+                return  # only its backend is waited for: it stays here
         except BaseException as error:
             fault = error
         with self._lock:
