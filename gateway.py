@@ -373,8 +373,8 @@ DOTS = re.compile(rb"[/\\]\.\.?(?:[/\\]|\Z)")
 EMPTY_LINES = re.compile(rb"(?:\r\n)*+")
 LAST_EVENT = re.compile(rb"[\r\n]data: ?\[DONE\]")
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")
-LOST = re.compile(rb"\r\n(X-Request-ID|Request-ID|Origin):[ \t]*([!-~]{1,128})[ \t]*(?=\r|\Z)",
-                  re.I)  # fields of use in a head that is not understood
+SALVAGE = re.compile(rb"\r\n(X-Request-ID|Request-ID|Origin):[ \t]*([!-~]{1,128})[ \t]*"
+                     rb"(?=\r|\Z)", re.I)  # fields of use in a head that is not understood
 TRACE = re.compile(rb"(?!ff|00.{54})[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}"
                    rb"-[0-9a-f]{2}(?:-.*)?")  # W3C Trace Context, 3.2.2
 FORM_MODEL = re.compile(rb'[; ]name="?model"?\r\n(?:[^\r\n]{1,256}\r\n){0,8}\r\n'
@@ -1841,7 +1841,7 @@ class Handler(BaseHTTPRequestHandler):
         record.result = "cut" if begun else "failed" if error.status >= 500 else "refused"
         if not record.request_id:  # the head was not understood; some of it counts all the same
             head = self.buffer.partition(b"\r\n\r\n")[0]
-            index = {name.lower(): value for name, value in LOST.findall(head)}
+            index = {name.lower(): value for name, value in SALVAGE.findall(head)}
             record.request_id = accepted_request_id(index, self.ids)
             record.method = "HEAD" if head.startswith(b"HEAD ") else "-"  # its reply has no body
             self.cors = cors_fields(index.get(b"origin"), self.settings.cors_origins)
