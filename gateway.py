@@ -1111,10 +1111,10 @@ class Backend:
 
     `models` are the cards of /v1/models, JSON texts by id, or None if they are not known. While
     `up` is false, others are preferred until `retry_at`, and then, once it has one request to try
-    it, until `trial_until`. `silent`: its last probe had no answer in time. `lost`: it could not be
-    reached, or a probe saw it fail; so a probe can tell that it is back. Changed under Backends'
-    lock, but for what probes alone change (`models`, `silent`, `probing`), and `probe_at` where one
-    starts.
+    it, until `trial_until`. `lost`: it could not be reached, or a probe saw it fail: the next good
+    probe brings it back at once; where requests failed, one behind `retry_at` does. `silent`: its
+    last probe had no answer in time. Changed under Backends' lock, but for what probes alone change
+    (`models`, `silent`, `probing`), and `probe_at` where one starts.
     """
 
     up, silent, lost, models, probing = True, False, False, None, False
@@ -1278,7 +1278,7 @@ class Backends:
             note(self.settings, f"backend {backend.url} is down: {why}")
 
     def succeeded(self, backend, proven=True):
-        """The backend is up; if that is not `proven`, a failure still doubles the last back-off."""
+        """The backend is up. If that is not `proven`, a failure doubles the last back-off."""
         with self._lock:
             was_up, backend.up = backend.up, True
             backend.retry_at = backend.trial_until = 0.0
@@ -1312,7 +1312,6 @@ class Backends:
             body = b"".join(itertools.islice(filter(None, answer.pieces), MAX_LIST_PIECES))
             cards = model_cards(body) if answer.head.status == 200 else None
             backend.models = backend.models if cards is None else cards
-            # Where requests failed, this counts once their back-off is over, and does not reset it.
             if backend.lost or backend.retry_at <= time.monotonic():
                 self.succeeded(backend, backend.lost)
         except BackendError as error:
