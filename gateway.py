@@ -2005,7 +2005,8 @@ class Server(ThreadingHTTPServer):
     """The listening socket, and the connections: a dict of socket to Handler (None at first).
 
     It is made before any worker is forked: they share the socket, the metrics and the keys, and
-    `loads`, the number of connections that each has; `number` is this worker's.
+    `loads`, the number of connections that each has; `number` is this worker's. In `idle` are the
+    queues of threads that wait for a connection; in `parting`, refused ones and when to close them.
     """
 
     request_queue_size = 4096  # the stock backlog of 5 loses connections in any burst
@@ -2013,8 +2014,8 @@ class Server(ThreadingHTTPServer):
     draining, supervisor, number, date, next_sweep = False, None, 0, b"", 0.0
 
     def __init__(self, settings):
-        self.settings, self.connections, self.parting, self.streams = settings, {}, [], Streams()
-        self.idle = []  # the queues on which threads wait for a connection
+        self.settings, self.connections, self.streams = settings, {}, Streams()
+        self.idle, self.parting = [], []
         self.first_processor = uuid.uuid4().int  # by chance: each container's gateway is process 1
         self.metrics = Metrics(settings.workers, settings.backend_url)
         self.ledger = Ledger(settings, self.metrics)
