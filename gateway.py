@@ -1126,7 +1126,7 @@ class Backend:
         self.path, self.host_line = parts.path, b"Host: %b\r\n" % self.host.encode()
 
     def free_at(self):
-        """Return when a request may be sent to it: behind its back-off, and a trial of it."""
+        """Return when it is free for any request: behind its back-off, and a trial of it."""
         return max(self.retry_at, self.trial_until)
 
 
@@ -1202,8 +1202,9 @@ class Backends:
     def _choose(self, request, tries, only_free):
         """Direct the request to the backend to try next, and return whether there is one.
 
-        It serves the model, or nobody does; it may be tried now, or the soonest; it is not silent,
-        if another can be had; it has the fewest requests in flight, or has waited longest.
+        It serves the model, or may (while it is free, with models unknown), or nobody does. It is
+        free now, or the soonest; it is not silent, if another can be had; it has the fewest
+        requests in flight, or has waited longest.
         """
         now, candidates = time.monotonic(), self.all
         with self._lock:
