@@ -537,8 +537,9 @@ def accepted_request_id(index, ids):
 class Body:
     """Decodes a body that is fed in any pieces; when it is `done`, `rest` came behind it.
 
-    Of chunks (7.1), extensions and trailers are checked and dropped. If they are `malformed`, what
-    came before that is good.
+    Of chunks (7.1), extensions and trailers are checked and dropped; `_left` is then what is left
+    of a chunk, 0 where the next one's size comes, -1 where the trailers do. If they are
+    `malformed`, what came before that is good.
     """
 
     malformed = False
