@@ -2277,13 +2277,12 @@ def work(server):
     return 0
 
 
-def start_workers(server, owed, workers):
-    """Fork the workers that are owed, (number, why) pairs; one that cannot be forked stays so.
+def start_workers(server, workers):
+    """Fork the workers that are missing, as long as that can be done.
 
     `workers` gives for a process id the worker's number and when it was started.
     """
-    while owed:
-        number, why = owed[0]
+    for number in {*range(server.settings.workers)} - {number for number, _ in workers.values()}:
         try:
             pid = os.fork()
         except OSError as error:
@@ -2298,20 +2297,17 @@ def start_workers(server, owed, workers):
                 note_internal_error(server.settings, f"worker {number}")
                 os._exit(1)
         workers[pid] = number, time.monotonic()
-        del owed[0]
-        if why:
-            note(server.settings, f"{why}; pid {pid} replaces it")
 
 
 def reap(workers):
-    """Forget the workers that have ended; yield of each its number, age in seconds, and fate."""
+    """Forget the workers that have ended; yield of each its age in seconds and its fate."""
     for pid, (number, started) in list(workers.items()):
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
             del workers[pid]
             code = os.waitstatus_to_exitcode(status)
             fate = f"ended with {code}" if code >= 0 else f"died: {signal.strsignal(-code)}"
-            yield number, time.monotonic() - started, f"worker {number} (pid {pid}) {fate}"
+            yield time.monotonic() - started, f"worker {number} (pid {pid}) {fate}"
 
 
 def supervise(server):
@@ -2322,18 +2318,17 @@ def supervise(server):
     """
     settings, workers, status, deadline = server.settings, {}, 0, None
     gc.freeze()  # what the collector does not touch, the workers share: 3 MiB each
-    owed = [(number, "") for number in range(settings.workers)]
     signals, server.supervisor = awaited(settings) | {signal.SIGCHLD, signal.SIGALRM}, os.getpid()
 
     def stop(signum):
         server.server_close()
-        owed.clear()
         for pid in workers:
             os.kill(pid, signum)  # those that have ended are zombies still
         return time.monotonic() + settings.drain_delay + settings.shutdown_timeout + LINGER_SECONDS
 
-    while workers or owed:
-        start_workers(server, owed, workers)
+    while workers or not deadline:
+        if not deadline:
+            start_workers(server, workers)
         signal.alarm(1)  # for a fork to be tried again, or a deadline to be seen
         signum = signal.sigwait(signals)
         if signum in STOP and not deadline:
@@ -2347,12 +2342,12 @@ def supervise(server):
             server.reload()  # for those that are started later
             for pid in workers:
                 os.kill(pid, signum)
-        for number, age, fate in reap(workers):
+        for age, fate in reap(workers):
             if not deadline and age < 1:
                 note(settings, f"{fate} within a second of its start: the service stops")
                 status, deadline = 3, stop(signal.SIGTERM)
             elif not deadline:
-                owed.append((number, fate))
+                note(settings, f"{fate}; another one replaces it")
     return status
 
 
