@@ -2262,8 +2262,8 @@ def work(server):
     with suppress(KeyboardInterrupt):
         while CAN_WAIT and signal.sigwait(awaited(server.settings)) not in STOP:
             server.reload()
-        if not CAN_WAIT:
-            threading.Event().wait()
+        while not CAN_WAIT:  # Event.wait() does not hear Ctrl-C there before Python 3.14
+            time.sleep(1)
     if not server.supervisor:
         for number in STOP:  # process 1 of a container would ignore them without a handler
             signal.signal(number, lambda number, _: os._exit(128 + number))
