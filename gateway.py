@@ -688,15 +688,9 @@ def log(*lines):
             os.write(2, part)
 
 
-@lru_cache(1)
-def whole_seconds(now):
-    """Return a time without fraction; it costs as much as all else of a line, but once a second."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
-
-
 def timestamp(now):
     """Return a time in RFC 3339, with milliseconds."""
-    return f"{whole_seconds(int(now))}.{int(now % 1 * 1000):03}Z"
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03}Z"
 
 
 def note(settings, text):
