@@ -659,19 +659,15 @@ FAMILIES = {  # name: (help, labels and their values, upper bounds of a histogra
     "gen_ai_client_token_usage": (
         "Tokens of a request, as its answer tells them.",
         {"gen_ai_token_type": ("input", "output")}, tuple(4 ** power for power in range(14))),
-    "gateway_requests_total": (
-        "Requests by the status of the reply and how it came out.", BY_STATUS, ()),
+    "gateway_requests_total": ("Requests by status and outcome.", BY_STATUS, ()),
     "gateway_requests_in_flight": ("Requests at the backends, or on their way there.", {}, ()),
     "gateway_queue_depth": ("Requests that wait for their turn.", {}, ()),
     "gateway_backend_up": ("1 if the backend is up.", {"backend": ()}, ()),
-    "gateway_backend_requests_total": (
-        "Tries at a backend by how they came out.", BY_BACKEND, ()),
+    "gateway_backend_requests_total": ("Tries at a backend by outcome.", BY_BACKEND, ()),
     "gateway_retries_total": ("Tries beyond the first of a request.", {}, ()),
-    "gateway_client_disconnects_total": (
-        "Requests whose client left before the end of the reply.", {}, ()),
+    "gateway_client_disconnects_total": ("Requests whose client left early.", {}, ()),
     "gateway_overhead_seconds": (
-        "From a forwarded request's last byte to its reply's first, less the waiting for the"
-        " backend and for its turn.", {}, OVERHEAD),
+        "Our own part of the time to the first byte of a forwarded reply.", {}, OVERHEAD),
     "gateway_build_info": ("1, with the version.", {"version": (__version__,)}, ())}
 PLAIN = re.compile(r"[!#-\[\]-~]+")
 SETTLED, SETTLE_SECONDS = 12, 0.01  # ended requests, or time, after which they are settled
