@@ -266,10 +266,10 @@ def proxy_for(url):
         return None
     try:
         parts = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-        parts.port
-    except ValueError:  # whose text may be a part of a password
+        login, _, address = parts.netloc.rpartition("@")
+        http.client.HTTPConnection(address)  # connects not yet, but looks at it
+    except (ValueError, http.client.InvalidURL):  # whose text may be a part of a password
         raise ValueError(f"{backend.scheme.upper()}_PROXY is no proxy's address") from None
-    login, _, address = parts.netloc.rpartition("@")
     words = b64encode(urllib.parse.unquote_to_bytes(login)).decode()
     return address, {"Proxy-Authorization": f"Basic {words}"} if login else {}
 

@@ -5521,8 +5521,10 @@ def test_a_client_that_leaves_just_before_an_earlier_answer_is_taken_up_again_is
         eventually(lambda: first.ended and not server.connections)
 
 
-@pytest.mark.parametrize("wrong", ("http://user:s3cret@[::1", "http://user:s3/cret@127.0.0.1:3128"))
-def test_a_wrong_proxy_is_one_line_that_names_it_and_no_part_of_its_password(proxies, capsys, wrong):
+@pytest.mark.parametrize("wrong", (
+    "http://user:s3cret@[::1", "http://user:s3/cret@127.0.0.1:3128", "http://user:s3@a b:3128"))
+def test_a_wrong_proxy_is_one_line_that_names_it_and_no_part_of_its_password(
+        proxies, capsys, wrong):
     proxies(http_proxy=wrong)
     gateway.read_settings(["--backend-url=http://127.0.0.1:1"], {})  # which no proxy is asked for
     with pytest.raises(SystemExit) as exit:
