@@ -903,8 +903,8 @@ class BackendRequest(urllib.request.Request):
     """A request on its way to a backend; `fields` are its header lines but Host, ready as bytes.
 
     `link` is the one that it holds; `patience` is how many seconds a backend may be silent;
-    `cancelled` tells that the client has gone; `turn` is the Event on which it waits for its turn;
-    `flags` are those of recv().
+    `cancelled` tells that the client, or the time of a probe, has gone; `turn` is the Event
+    on which it waits for its turn; `flags` are those of recv().
     """
 
     __slots__ = ("full_url", "data")  # properties there, which parse the address each time: 7 us
@@ -1108,7 +1108,7 @@ class Backend:
     (`models`, `silent`, `probing`), and `probe_at` where one starts.
     """
 
-    up, silent, lost, models, probing = True, False, False, None, False
+    up, silent, lost, models, probing = True, False, False, None, None
     back_off, retry_at, trial_until, probe_at, in_flight, chosen = 0, 0.0, 0.0, 0.0, 0, 0
 
     def __init__(self, url, proxy):
@@ -1279,22 +1279,26 @@ class Backends:
             note(self.settings, f"backend {backend.url} is up")
 
     def probe_due(self):
-        """Start a thread for each backend whose probe is due."""
-        now, interval = time.monotonic(), self.settings.probe_interval
+        """Start a thread for each backend whose probe is due; cancel probes that take too long."""
+        now, interval, limit = (
+            time.monotonic(), self.settings.probe_interval, self.settings.connect_timeout)
         for backend in self.all:
-            if interval and now >= backend.probe_at and not backend.probing:
-                backend.probing, backend.probe_at = True, now + interval
+            probe = backend.probing
+            if probe and now > probe.deadline:  # its answer comes byte by byte
+                self.pool.cancel(probe)
+            elif interval and now >= backend.probe_at and not probe:
+                fields = b"User-Agent: gateway.py\r\nVia: %b\r\n%b" % (self.via, self.authorization)
+                probe = BackendRequest("GET", "/v1/models", fields, b"", None, True, limit)
+                probe.backend, probe.deadline = backend, now + 3 * limit
+                backend.probing, backend.probe_at = probe, now + interval
                 try:
-                    start_new_thread(self._probe, (backend,))
+                    start_new_thread(self._probe, (probe,))
                 except RuntimeError:  # the system has no thread left
-                    backend.probing = False
+                    backend.probing = None
 
-    def _probe(self, backend):
+    def _probe(self, request):
         """Ask a backend which models it serves, and so whether it is up."""
-        fields = b"User-Agent: gateway.py\r\nVia: %b\r\n%b" % (self.via, self.authorization)
-        request = BackendRequest(
-            "GET", "/v1/models", fields, b"", None, True, self.settings.connect_timeout)
-        request.backend = backend
+        backend = request.backend
         try:
             answer = self.pool.default_open(request)
             backend.silent = False
@@ -1307,16 +1311,18 @@ class Backends:
             if backend.lost or backend.retry_at <= time.monotonic():
                 self.succeeded(backend, backend.lost)
         except BackendError as error:
-            backend.silent = isinstance(error, BackendTimeout)
+            backend.silent = isinstance(error, BackendTimeout) or request.cancelled
             if not (backend.silent and backend.in_flight):  # some are silent while they generate
                 why = "its answer to a probe took too long" if backend.silent else error.message
                 self.failed(backend, why, lost=(
                     backend.up or backend.lost or isinstance(error, Unreachable)))
+        except ClientGone:  # it was cancelled before it was sent
+            pass
         except Exception:
             note_internal_error(self.settings, backend.url)
         finally:
             self.pool.release(request)
-            backend.probing = False
+            backend.probing = None
 
     def models(self):
         """Return the list of the models of all backends that are up as JSON, if any is known."""

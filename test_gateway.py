@@ -5572,3 +5572,16 @@ def test_a_model_is_found_behind_white_space_and_a_form_behind_an_empty_line():
         for body in (b' \r\n{"model": "b"}', form) * 2:
             assert ask(port, "POST", "/v1/embeddings", body).status == 200
         assert counts(backends) == [0, 4]
+
+
+def test_a_probe_that_takes_for_ever_is_ended_and_probed_again():
+    def script(played, number):
+        played.request()
+        with contextlib.suppress(ConnectionError):
+            for byte in b"HTTP/1.1 200 OK\r\nA: " + b"a" * 10_000:
+                played.send(bytes([byte]))
+                if played.backend.listener.fileno() < 0 or select.select(
+                        [played.socket], [], [], 0.05)[0]:
+                    return
+    with several(script, settle=False, probe_interval=0.1, connect_timeout=0.3) as (port, backend):
+        eventually(lambda: backend.connections >= 3)
