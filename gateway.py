@@ -880,6 +880,7 @@ IDLE_SECONDS = 4        # uvicorn, and so vLLM, closes an idle connection after 
 RECEIVE_BYTES = 65_536  # one read; larger ones cost more to allocate than they save in calls
 MAX_BACK_OFF = 30       # seconds, doubled from 1, that a failing backend is left alone
 MAX_RETRY_AFTER = 300   # seconds that a backend may ask for
+MAX_INTERIM = 1_000     # responses of 1xx, before the one that counts, are taken
 MAX_LIST_PIECES = 64    # of a list of models, each of up to RECEIVE_BYTES
 BUSY = frozenset((502, 503, 504, 508))  # it, or one behind it, cannot answer now: another may
 
@@ -1010,8 +1011,8 @@ class Pool(urllib.request.BaseHandler):
         return request.link
 
     def _exchange(self, request, link):
-        """Send the request, and return the response behind any 1xx (RFC 9110, 15.2)."""
-        backend, body, head, data = request.backend, request.data, None, b""
+        """Send the request, and return the response."""
+        backend, body = request.backend, request.data
         if request.cancelled:
             raise ClientGone
         if link.patience != request.patience:
@@ -1030,15 +1031,7 @@ class Pool(urllib.request.BaseHandler):
             if not (link.reset or link.poller and link.poller.poll(0)):
                 raise BackendTimeout("does not take the request") from None
         try:
-            while not head or head.status < 200:
-                scanned = 0
-                while not data or (end := find_head(data, scanned)) < 0:
-                    scanned, piece = len(data), link.receive()
-                    if not piece:
-                        raise Broken("closed the connection before its response was there")
-                    data, link.reused = data + piece, False
-                head, length = parse_response(data[:end], self._dropped, request.method == "HEAD")
-                data = data[end + 4:]
+            head, length, data = self._receive_head(link, request.method == "HEAD")
         except Malformed as error:
             raise Broken(f"broke HTTP: {error.message.removesuffix('; send less')}") from None
         link.persistent = link.persistent and head.persistent
@@ -1047,6 +1040,24 @@ class Pool(urllib.request.BaseHandler):
         self.release(request, length == len(data))
         data = data[:length]
         return Response(backend, head, length, data, (data,))
+
+    def _receive_head(self, link, to_head):
+        """Return the head of the response behind any 1xx (RFC 9110, 15.2), if `to_head` to HEAD;
+        the length of its body; and what has come of that. Raises BackendError or Malformed.
+        """
+        data = b""
+        for _ in range(MAX_INTERIM):
+            scanned = 0
+            while not data or (end := find_head(data, scanned)) < 0:
+                scanned, piece = len(data), link.receive()
+                if not piece:
+                    raise Broken("closed the connection before its response was there")
+                data, link.reused = data + piece, False
+            head, length = parse_response(data[:end], self._dropped, to_head)
+            data = data[end + 4:]
+            if head.status >= 200:
+                return head, length, data
+        raise Broken(f"sent {MAX_INTERIM} responses of 1xx before its answer")
 
     def _pieces(self, request, link, length, data):
         """Yield a response's body, of which `data` has come; see Response. Pieces may be empty."""

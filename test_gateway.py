@@ -1858,6 +1858,18 @@ def test_interim_responses_are_skipped_and_a_response_may_be_split_at_every_byte
         assert backend.connections == 1
 
 
+def test_interim_responses_without_end_are_a_fault_of_the_backend():
+    def script(played, number):
+        played.request()
+        with contextlib.suppress(OSError):
+            while True:
+                played.send(INTERIM * 100)
+    with forward(script) as (port, backend):
+        reply = ask(port, body=CHAT)
+        assert (reply.status, reply.error()["code"]) == (502, "backend_error")
+        assert "1xx" in reply.error()["message"]
+
+
 def test_a_response_without_a_body_is_one_and_the_connections_go_on():
     table = [
         ("POST", INTERIM + b"HTTP/1.1 204 No Content\r\nX-A: 1\r\n\r\n", "x-a", ["1"]),
