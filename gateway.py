@@ -240,6 +240,9 @@ def make_tls(settings):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
+    # What tells whether a request is whole is its length; an end without TLS's own would be
+    # answered with an alert, and that end is what drain() makes idle connections see.
+    context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
     try:
         context.load_cert_chain(settings.tls_cert_file, settings.tls_key_file, password="")
     except (OSError, ValueError) as error:
@@ -672,16 +675,36 @@ FAMILIES = {  # name: (help, labels and their values, upper bounds of a histogra
 PLAIN = re.compile(r"[!#-\[\]-~]+")
 SETTLED, SETTLE_SECONDS = 12, 0.01  # ended requests, or time, after which they are settled
 MANY_LINES = 1_000  # that wait to be written: then requests wait too
+NOTE_SECONDS = 1    # that all else waits for stderr
 PIPE_BUF = getattr(select, "PIPE_BUF", 512)
 log_lock = threading.RLock()
 
 
-def log(*lines):
-    """Write lines to stderr: all at once if a pipe keeps so many together, else one by one."""
+def log(*lines, patience=-1):
+    """Write lines to stderr: all at once if a pipe keeps so many together, else one by one. What it
+    does not take within `patience` seconds, -1 for any time, is lost.
+    """
     data = [line.encode("ascii", "backslashreplace") + b"\n" for line in lines]
-    with log_lock, suppress(OSError):  # a closed stderr is no reason to fail a request
+    if not log_lock.acquire(timeout=patience):
+        return
+    try:
         for part in [b"".join(data)] if sum(map(len, data)) <= PIPE_BUF else data:
+            if not takes_more(2, patience):
+                break
             os.write(2, part)
+    except OSError:  # a closed stderr is no reason to fail a request
+        pass
+    finally:
+        log_lock.release()
+
+
+def takes_more(descriptor, patience):
+    """Wait until a write would not have to; return whether that is so within so many seconds."""
+    if not hasattr(select, "poll"):
+        return True
+    poller = select.poll()
+    poller.register(descriptor, select.POLLOUT)
+    return bool(poller.poll(patience * 1000))
 
 
 def timestamp(now):
@@ -690,9 +713,10 @@ def timestamp(now):
 
 
 def note(settings, text):
-    """Write a line that is about no request."""
+    """Write a line that is about no request; who has to is not held up by a pipe that is full."""
     form = {"time": timestamp(time.time()), "message": text}
-    log(json.dumps(form) if settings.log_format == "json" else " ".join(form.values()))
+    log(json.dumps(form) if settings.log_format == "json" else " ".join(form.values()),
+        patience=NOTE_SECONDS)
 
 
 def note_internal_error(settings, where):
@@ -721,7 +745,7 @@ class Record:
     method = path = model = backend = key = trace_id = "-"
     outcome = result = "ok"
     stream, answer, tries, status, bytes, waited = False, b"", (), 0, 0, 0
-    first = first_piece = asked = None
+    first = first_piece = asked = duration_ms = None
 
     def __init__(self, client):
         self.began, self.client = time.monotonic(), client
@@ -834,13 +858,17 @@ class Ledger:
 
     def enter(self, record, alone):
         """Take a request that ends now; wait if many lines do, as where nobody reads stderr."""
-        now = time.monotonic()
-        record.time, record.duration_ms = timestamp(time.time()), (now - record.began) * 1000
-        self.ended.append(record)
-        if now - self._settled > SETTLE_SECONDS or len(self.ended) >= SETTLED:
-            self.settle(patient=len(self.lines) > MANY_LINES)
+        self.end(record)
+        if time.monotonic() - self._settled > SETTLE_SECONDS or len(self.ended) >= SETTLED:
+            self.settle(patience=-1 if len(self.lines) > MANY_LINES else 0)
         elif alone:
             self.count()
+
+    def end(self, record):
+        """Take a request that ends now, and do nothing about it yet."""
+        record.time = timestamp(time.time())
+        record.duration_ms = (time.monotonic() - record.began) * 1000
+        self.ended.append(record)
 
     def count(self):
         """Count what has ended."""
@@ -851,17 +879,17 @@ class Ledger:
                 self.lines.append(record.line(self._form))
                 record.answer = b""  # an idle connection keeps its last record
 
-    def settle(self, patient=False):
-        """Count what has ended, and write its lines."""
+    def settle(self, patience=0):
+        """Count what has ended, and write its lines, where that can begin in `patience` seconds."""
         self.count()
-        # While another thread writes, who is not patient leaves them to the next one: where all
-        # waited, the slowest hundredth of 128 connections took 180 ms with two workers, and 60 so.
-        if log_lock.acquire(patient):
+        # While another thread writes, who has none leaves them to the next one: where all waited,
+        # the slowest hundredth of 128 connections took 180 ms with two workers, and 60 so.
+        if log_lock.acquire(timeout=patience):
             try:
                 with self._metrics.lock:
                     lines, self.lines, self._settled = self.lines, [], time.monotonic()
                 if lines:
-                    log(*lines)
+                    log(*lines, patience=patience or -1)
             finally:
                 log_lock.release()
 
@@ -1456,7 +1484,7 @@ class Handler(BaseHTTPRequestHandler):
     """
 
     buffer, unsent, patience, owed, forwarding, idle_since = b"", b"", 0, 0, None, None
-    deaf, open_ended, lent = False, False, None
+    deaf, open_ended, lent, record = False, False, None, None
 
     def setup(self):
         self.settings, self.connection, self.ids = self.server.settings, self.request, request_ids()
@@ -1477,8 +1505,8 @@ class Handler(BaseHTTPRequestHandler):
         deadline = time.monotonic() + LINGER_SECONDS
         with self.connection, suppress(APIError, OSError):
             if self.open_ended:
-                return self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
-                                                  struct.pack("ii", 1, 0))
+                return
+            self.reset_at_close(False)
             self.connection.setblocking(False)
             if self.connection is not self.request:
                 with suppress(OSError, ValueError):  # tell TLS that this is the end (RFC 8446, 6.1)
@@ -1491,13 +1519,19 @@ class Handler(BaseHTTPRequestHandler):
             while self.receive(deadline):
                 pass
 
+    def reset_at_close(self, on):
+        """Have the system end the connection by RST, or by FIN, also where this process dies."""
+        with suppress(OSError):
+            self.connection.setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", on, 0))
+
     def handle_one_request(self):
         """Serve one request. Whatever happens, it ends in one reply and one line of the log."""
         self.close_connection = True
         if not self.receive_first():
             return
         self.owed, self.minor, self.cors, self.at_boundary = UNTIL_CLOSE, 1, b"", False
-        record = self.record = Record(self.client_address[0])
+        record = self.record = Record(self.client_address[0].removeprefix("::ffff:"))  # of IPv4
         try:
             self.read_head()
             self.dispatch()
@@ -1507,6 +1541,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection, self.owed = True, 0
             record.status, record.outcome, record.result = 499, "client_closed", "client_closed"
         except Exception:
+            record.outcome, record.result = "internal_error", "failed"  # without memory, this too
             note_internal_error(self.settings, f"id={record.request_id}")
             self.fail(APIError(500, "internal_error", "the gateway failed; its log says why"))
         finally:
@@ -1800,6 +1835,7 @@ class Handler(BaseHTTPRequestHandler):
         record, framing, self.chunked = self.record, b"", False
         if length in (CHUNKED, UNTIL_CLOSE):
             self.chunked, self.open_ended = self.minor == 1, self.minor == 0
+            self.reset_at_close(self.open_ended)
             framing = b"Transfer-Encoding: chunked\r\n" if self.chunked else b""
         elif length is not None:
             framing = b"Content-Length: %d\r\n" % length
@@ -2064,6 +2100,8 @@ class Server(ThreadingHTTPServer):
             self.socket = socket.socket(fileno=self.settings.listen_fd)
             if self.socket.family not in (socket.AF_INET, socket.AF_INET6):
                 raise ValueError("it is no TCP socket")
+            # systemd lets it block again when it starts another service on it: not for ever.
+            set_timeouts(self.socket, SWEEP_SECONDS, SWEEP_SECONDS)
             self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = self.server_address[:2]
         self.socket.setblocking(False)  # of workers, all are woken; who is late must not wait
@@ -2223,6 +2261,10 @@ class Server(ThreadingHTTPServer):
                         socket.socket.shutdown(handler.connection, socket.SHUT_RD)
             self.service_actions()
             time.sleep(SWEEP_SECONDS / 10)
+        for handler in list(self.connections.values()):  # these are cut off
+            if handler and (record := handler.record) and record.duration_ms is None:
+                record.outcome, record.result = "shutdown_timeout", "cut"
+                self.ledger.end(record)
         return not self.connections
 
 
@@ -2279,8 +2321,8 @@ def work(server):
         note(server.settings, DRAINING)
     if not server.drain(server.settings.shutdown_timeout):
         note(server.settings,
-             f"{len(server.connections)} connections were cut off; SHUTDOWN_TIMEOUT")
-    server.ledger.settle(patient=True)
+             f"SHUTDOWN_TIMEOUT is over; connections that were cut off: {len(server.connections)}")
+    server.ledger.settle(NOTE_SECONDS)
     return 0
 
 

@@ -11,6 +11,7 @@ import base64
 import concurrent.futures
 import contextlib
 import errno
+import fcntl
 import functools
 import gc
 import gzip
@@ -26,6 +27,7 @@ import ssl
 import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 import traceback
@@ -39,7 +41,7 @@ import gateway
 
 HERE = Path(__file__).parent
 SETTLED, gateway.SETTLED = gateway.SETTLED, 1  # here, a request is logged before the next begins
-gateway.log = lambda *lines: None  # of this process; fixtures and Process see what is logged
+gateway.log = lambda *lines, patience=None: None  # fixtures and Process see what is logged
 threading.stack_size(gateway.STACK_BYTES)  # as main() does: musl's default is 128 KiB
 SECONDS = 20  # how long anything may take before a test fails: generous, for slow and busy machines
 CHAT = b'{"model": "m", "messages": [{"role": "user", "content": "Hello, world!"}]}'
@@ -427,7 +429,7 @@ class Log:
     def __init__(self):
         self.text, self.seen = "", 0
 
-    def write(self, *lines):
+    def write(self, *lines, patience=None):
         for line in lines:
             self.text += line.encode("ascii", "backslashreplace").decode() + "\n"
 
@@ -502,7 +504,8 @@ def is_new(identity):
 def log(monkeypatch):
     """The lines of the log so far. (Reading capfd truncates its file: what comes then is lost.)"""
     lines, write = [], gateway.log
-    monkeypatch.setattr(gateway, "log", lambda *new: lines.extend(new) or write(*new))
+    monkeypatch.setattr(gateway, "log", lambda *new, **how: (
+        lines.extend(new), write(*new, **how)))
     return lines
 
 
@@ -1546,7 +1549,7 @@ def test_while_one_thread_writes_the_log_no_request_waits_for_it(monkeypatch):
     """Unless very many lines wait: a lock that is waited for with the GIL's help is a convoy."""
     begun, go = threading.Event(), threading.Event()
 
-    def write(*lines):
+    def write(*lines, patience):
         begun.set()
         assert go.wait(SECONDS)
 
@@ -2210,6 +2213,33 @@ def test_a_fault_of_our_own_is_an_internal_error_with_its_text_in_the_log_alone(
         wait_for_log(capfd, "RuntimeError: the details")
     assert len(faults) == 1
     faults.clear()
+
+
+def test_a_fault_that_cannot_even_be_noted_is_none_that_went_well(
+        monkeypatch, capfd, echo, faults):
+    def fail(*_):
+        raise MemoryError
+    note = gateway.note_internal_error
+    with Client(echo) as client:
+        monkeypatch.setattr(gateway, "find_head", fail)
+        monkeypatch.setattr(gateway, "note_internal_error", lambda settings, where: (
+            fail() if where.startswith("id=") else note(settings, where)))
+        client.send(HEALTH)
+        assert client.is_closed()
+        wait_for_log(capfd, " internal_error$")
+        eventually(lambda: len(faults) == 1)
+    faults.clear()
+
+
+def test_a_client_of_ipv4_has_its_plain_address_on_a_socket_for_both(capfd):
+    try:
+        socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with forward(answers(response()), host="::") as (port, backend):
+        assert ask(port, body=CHAT).status == 200
+        assert seen(backend).one("x-forwarded-for") == "127.0.0.1"
+        wait_for_log(capfd, " client=127.0.0.1 ")
 
 
 # -- 7. Handler: streams ---------------------------------------------------------------------------
@@ -4113,6 +4143,17 @@ def test_a_tls_client_of_http_1_0_gets_a_closure_alert_behind_a_whole_body_alone
         assert not whole or client.buffer == b"x" * 999_999 + b"data"
 
 
+@pytest.mark.parametrize("version", ("TLSv1_2", "TLSv1_3"))
+def test_an_idle_tls_connection_is_closed_without_an_alert_in_a_drain(by_tls, version):
+    exactly = ssl.TLSVersion[version]
+    with contextlib.ExitStack() as stack:
+        with serve(**by_tls) as server:
+            client = stack.enter_context(TLSClient(
+                server.port, minimum_version=exactly, maximum_version=exactly))
+            assert client.send(HEALTH).reply().json() == OK
+        assert client.socket.recv(1) == b""  # raises SSLError for an alert, or an end without one
+
+
 @pytest.mark.parametrize("pieces", [(), (STREAM_HEAD, chunked(b"data: 1\n\n", end=False))])
 @pytest.mark.parametrize("leave", ("FIN", "RST"))
 def test_a_tls_client_that_leaves_cancels_the_backend(by_tls, capfd, pieces, leave):
@@ -4960,6 +5001,50 @@ def test_during_drain_delay_all_is_served_but_readyz_is_503_and_connections_end(
         assert status in KILLED and is_over
 
 
+@pytest.mark.parametrize("how", ("the deadline", "a second signal", "SIGKILL"))
+@pytest.mark.parametrize("kind", (b"text/event-stream", b"text/plain"))
+def test_a_reply_without_a_length_looks_cut_however_the_process_ends(kind, how):
+    """To a client of HTTP/1.0: without a length, FIN would be its end."""
+    script = stepwise(threading.Semaphore(1), ok(b"Content-Type: " + kind, body=b"data: 1\n\n"))
+    with PlayedBackend(script) as backend, Process(
+            "--port=0", BACKEND_URL=backend.url, SHUTDOWN_TIMEOUT=(
+                "0.3" if how == "the deadline" else "3600")) as process, (
+            Client(process.port)) as client:
+        client.send(request(body=STREAM, version="1.0"))
+        wait_for(client, b"data: 1\n\n")
+        if how == "SIGKILL":
+            os.kill(process.pid, signal.SIGKILL)
+        else:
+            stop(process)
+        if how == "a second signal":
+            os.kill(process.pid, signal.SIGTERM)
+        with pytest.raises(ConnectionResetError):
+            client.socket.recv(65536)
+
+
+@pytest.mark.parametrize("workers", ("1", "2"))
+def test_what_is_cut_off_when_shutdown_timeout_is_over_has_its_line_too(workers):
+    def script(played, number):
+        played.send(STREAM_HEAD if played.request()[0].startswith(b"POST") else b"")
+        played.wait_for_end()
+    with PlayedBackend(script) as backend, Process(
+            "--port=0", "--shutdown-timeout=0.3", WORKERS=workers,
+            BACKEND_URL=backend.url) as process, contextlib.ExitStack() as stack:
+        idle, half, waiting, begun = [
+            stack.enter_context(Client(process.port)) for _ in range(4)]
+        assert idle.send(HEALTH).reply().status == 200
+        begin(process, half)
+        begun.send(request(body=STREAM)).head()
+        waiting.send(request("GET", "/v1/models/x"))
+        eventually(lambda: len(backend.requests) == 2)
+        stop(process)
+        assert process.wait() == 0
+        cut = [line for line in process.lines if line.endswith(" shutdown_timeout")]
+        assert sorted(line.split()[1:3] for line in cut) == [
+            ["0", "GET"], ["0", "POST"], ["200", "POST"]], process.log
+        assert len([line for line in process.lines if " id=" in line]) == 4
+
+
 def test_after_drain_delay_nobody_is_accepted_and_shutdown_timeout_begins():
     with (Process("--port=0", DRAIN_DELAY="1", SHUTDOWN_TIMEOUT="0.3") as process,
           Client(process.port) as client):
@@ -5042,6 +5127,17 @@ def test_ten_gateways_one_after_the_other_on_one_socket_lose_no_request():
         assert not lost and DONE in streamed.until(b"0\r\n\r\n")
         os.kill(gateways[-1].pid, signal.SIGTERM)
         assert [process.wait() for process in gateways] == [0] * 11
+
+
+def test_a_shared_socket_that_blocks_again_does_not_stop_who_accepts():
+    """systemd makes it block when it starts another service, without NonBlocking=yes."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, activate(
+            listener.fileno(), SHUTDOWN_TIMEOUT="3600") as process:
+        assert ask(process.port, "GET", "/healthz").status == 200
+        os.set_blocking(listener.fileno(), True)
+        assert ask(process.port, "GET", "/healthz").status == 200
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait() == 0
 
 
 def test_a_socket_for_another_process_is_not_taken_and_what_is_none_is_one_line(tmp_path):
@@ -5494,6 +5590,50 @@ def test_a_stalled_reader_of_the_log_stops_neither_new_connections_nor_a_second_
         finally:
             process.kill()
             os.close(reader)
+
+
+@contextlib.contextmanager
+def log_in_a_pipe(workers, blocking=True):
+    """Run a gateway whose log goes to a pipe of 8 KiB that the test reads, or does not."""
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 8192)
+    os.set_blocking(writer, blocking)
+    clean = {"PATH": os.environ["PATH"], "PORT": str(port := free_port()), "WORKERS": workers,
+             "SHUTDOWN_TIMEOUT": "0.3"}
+    with subprocess.Popen([sys.executable, str(HERE / "gateway.py")], stderr=writer, env=clean,
+                          stdin=subprocess.DEVNULL) as process, open(reader) as log:
+        os.close(writer)
+        try:
+            assert "listening" in log.readline()
+            yield process, port, log
+        finally:
+            process.kill()
+
+
+@pytest.mark.skipif(not hasattr(fcntl, "F_SETPIPE_SZ"), reason="only Linux tells a pipe its size")
+@pytest.mark.parametrize("workers", ("1", "2"))
+def test_a_log_that_nobody_reads_does_not_keep_the_gateway_from_its_end(workers):
+    with log_in_a_pipe(workers) as (process, port, _):
+        for _ in range(40):
+            assert ask(port, "GET", "/" + "x" * 999).status == 404
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(SECONDS) == 0
+
+
+@pytest.mark.skipif(not hasattr(fcntl, "F_SETPIPE_SZ"), reason="only Linux tells a pipe its size")
+def test_no_line_is_lost_in_a_pipe_that_does_not_block():
+    with log_in_a_pipe("1", blocking=False) as (process, port, log):
+        with Client(port) as client, concurrent.futures.ThreadPoolExecutor(1) as pool:
+            client.send(b"".join(request("GET", f"/{number}-{'x' * 999}") for number in range(99)))
+            def is_full():
+                size = fcntl.ioctl(log, termios.FIONREAD, bytes(4))
+                return int.from_bytes(size, sys.byteorder) > 3_000
+            eventually(is_full)
+            lines = pool.submit(log.read)  # to its end
+            assert [client.reply().status for _ in range(99)] == [404] * 99
+            process.send_signal(signal.SIGTERM)
+            told = re.findall(r" GET /(\d+)-x", lines.result())
+        assert told == [str(number) for number in range(99)]
 
 
 def test_usage_is_that_of_the_last_usage_object_however_it_comes():
