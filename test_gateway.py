@@ -49,7 +49,7 @@ STREAM = CHAT[:-1] + b', "stream": true}'
 
 
 def pytest_collection_modifyitems(items):
-    """Keep every second test, where test.sh runs the suite in two processes (pytest -p)."""
+    """Keep one part of the tests, where test.sh runs the suite in several processes (pytest -p)."""
     number, _, parts = os.environ.get("PART", "0/1").partition("/")
     items[:] = items[int(number)::int(parts)]
 
