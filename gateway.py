@@ -169,10 +169,9 @@ EXAMPLE = ("curl http://127.0.0.1:8080/v1/chat/completions"
 
 
 def read_settings(argv, environ):
-    """Return a namespace with an attribute for each knob; exits with 2 if a value is bad.
-
-    `credentials` is what read_credentials returned, `proxies` what proxy_for does for each backend;
-    `listen_fd` the descriptor of a socket that systemd passed on (sd_listen_fds), or None.
+    """Return a namespace with an attribute for each knob, `credentials` as of read_credentials,
+    `proxies` as of proxy_for, for each backend, and `listen_fd`: the descriptor of a socket that
+    systemd passed on (sd_listen_fds), or None. Exits with 2 if a value is bad.
     """
     parser = argparse.ArgumentParser(
         prog="gateway.py", usage=argparse.SUPPRESS, allow_abbrev=False, exit_on_error=False,
@@ -350,6 +349,10 @@ MAX_REMEMBERED = 4_096   # bytes of a head that is remembered: strangers could f
 USAGE_BYTES = 4_096      # of an answer's beginning, and of its end: its usage is in one of them
 CHUNKED, UNTIL_CLOSE = -1, 1 << 62  # lengths of a body that are not known beforehand
 
+# A writing request always tells its length; what another one has as its body, some servers leave
+# unread, and take it for the next request (11.2).
+READING, WRITING = ("GET", "HEAD"), ("POST", "PUT", "PATCH")
+
 # Fields of one connection (RFC 9110, 7.6.1), and of a proxy (11.7).
 HOP_BY_HOP = frozenset((
     b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding",
@@ -367,7 +370,9 @@ LENGTH = re.compile(rb"\r\nContent-Length:[ \t]*([0-9]{1,15})[ \t]*(?=\r\n|\Z)",
 REQUEST_LINE = re.compile(rb"(%b) ([!\"$-~]+) HTTP/([0-9])\.(?P<minor>[0-9])" % TOKEN)
 STATUS_LINE = re.compile(rb"HTTP/1\.(?P<minor>[01]) ([1-9][0-9][0-9])(?: (%b))?" % VALUE)
 # The size line of a chunk, with the CR LF that ends the chunk before it; and the trailers.
-CHUNK = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})(?:[ \t]*;%b)?\r\n" % VALUE)
+QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*+"'
+CHUNK = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})(?:[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?)*+\r\n"
+                   % (TOKEN, TOKEN, QUOTED))
 TRAILERS = re.compile(rb"(?:%b:%b\r\n)*+\r\n" % (TOKEN, VALUE))
 NEVER_IN_A_HEAD = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n|\Z)|(?<!\r)\n")
 HOST = re.compile(rb"(?:[\w.~%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
@@ -1041,6 +1046,8 @@ class Pool(urllib.request.BaseHandler):
     def _exchange(self, request, link):
         """Send the request, and return the response."""
         backend, body = request.backend, request.data
+        if body and request.method not in WRITING:
+            link.persistent = False
         if request.cancelled:
             raise ClientGone
         if link.patience != request.patience:
@@ -1449,7 +1456,6 @@ MAX_EVENT_BYTES = 262_144  # the beginning of an event is held back up to this
 FORM_BYTES = 65_536        # of a form's beginning, and of its end, in which its model is sought
 LINGER_SECONDS = 5         # for a refused client to stop sending (as in nginx), a worker to end
 
-READING, WRITING = ("GET", "HEAD"), ("POST", "PUT", "PATCH")  # a writing one tells its length
 METHODS = (*READING, *WRITING, "DELETE")
 PARSED = frozenset(("/v1/chat/completions", "/v1/completions"))  # POSTs here must be JSON objects
 OWN_PATHS = {"/healthz": READING, "/readyz": READING, "/metrics": READING, "*": METHODS}
@@ -1644,7 +1650,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.keys and path not in ("/healthz", "/readyz"):  # probes have none
             self.authenticate()
         forwarded = backends and path.startswith("/v1/")
-        if forwarded and method not in ("CONNECT", "TRACE"):  # about the way, not the end
+        if forwarded and method == method.upper() and (  # some servers read "head" as HEAD
+                method not in ("CONNECT", "TRACE")):  # which are about the way, not the end
             return self.forward()
         methods = METHODS if forwarded else self.server.paths.get(path)
         if not methods:
@@ -1743,6 +1750,7 @@ class Handler(BaseHTTPRequestHandler):
             b"\r\nX-Forwarded-Proto: ", index.get(b"x-forwarded-proto", self.server.scheme),
             b"\r\n", b"X-Forwarded-Host: %b\r\n" % host if host else b"",
             b"Content-Length: %d\r\n" % len(body) if body or asked.method in WRITING else b"",
+            b"Connection: close\r\n" if body and asked.method not in WRITING else b"",
             backends.authorization))
 
     def relay(self, response):
@@ -1754,7 +1762,8 @@ class Handler(BaseHTTPRequestHandler):
             fields += b"X-Backend-Request-ID: %b\r\n" % theirs
         if b"date" not in index:
             fields += self.server.date
-        events = index.get(b"content-type", b"").lower().startswith(b"text/event-stream")
+        kind = index.get(b"content-type", b"").lower().partition(b";")[0].rstrip()
+        events = kind == b"text/event-stream"
         if events:
             fields += b"".join(line for name, line in UNBUFFERED.items() if name not in index)
         events = events and b"content-encoding" not in index
@@ -1809,8 +1818,11 @@ class Handler(BaseHTTPRequestHandler):
                 self.send(b"")  # nothing has come with the head of the response
             yield True
         answer += tail
-        if unproven and (tail or self.record.path in PARSED and self.record.status == 200) and (
-                not LAST_EVENT.search(answer[-USAGE_BYTES - len(tail):])):
+        line = tail.strip(b"\r\n").splitlines()[-1:]
+        whole = line[0] in (b"data: [DONE]", b"data:[DONE]") if line else (
+            self.record.path not in PARSED or self.record.status != 200
+            or LAST_EVENT.search(answer[-USAGE_BYTES:]))
+        if unproven and not whole:
             raise Broken("closed the connection before the end of its event stream")
         if tail:
             self.write_piece(tail)

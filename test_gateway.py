@@ -925,6 +925,8 @@ MALFORMED = {
         *each(CHUNKS + b"%b\r\n\r\n",
               b"5\r\nhello|5\r\nhello\n0|5\r\nhell|5\r\nhelloworld|5\r\nhello\r|5\nhello|0\n|0\r\nA"
               b"|0\r\nA : b|0\r\nA: b\r\n c|0\r\n: b|0\r\nA: b\n|0\r\nA: \0|0\r\nA B: c"),
+        *each(CHUNKS + b"5%b\r\nhello\r\n0\r\n\r\n",
+              b';|;;|;a="|;a="b|;a="b"c|;a b|;a=|;=b|;\x80|;a=\x80|;a="\x01"|;a="\\"|;a,b| '),
         CHUNKS + b"5;" + b"a" * 5000, CHUNKS + b"0\r\nA: " + b"b" * 70_000],
     (501, "not_implemented"): each(POST + b"Transfer-Encoding: %b\r\n\r\n0\r\n\r\n",
                                    b"|gzip|gzip, chunked|identity|xchunked|chunked;a=b|'chunked'"),
@@ -1848,7 +1850,7 @@ def test_300_requests_in_flight_at_once_all_succeed():
 def test_interim_responses_are_skipped_and_a_response_may_be_split_at_every_byte():
     """Chunks may have extensions, and trailers behind them; these are dropped."""
     whole = (b"HTTP/1.1 100 Continue\r\nX-A: 1\r\n\r\n" + CHUNKED_HEAD
-             + b'05;a="b"\r\nhello\r\n1 ; x\r\n \r\n0\r\nX-T: 1\r\n\r\n')
+             + b'05;a="b"\r\nhello\r\n1 ; x ;y\t= "\\";\xe9" ;z=1\r\n \r\n0\r\nX-T: 1\r\n\r\n')
     def script(played, number):
         for at in range(len(whole)):
             played.request()
@@ -2083,7 +2085,7 @@ def test_a_chunked_request_body_arrives_whole_with_a_length():
 def test_every_method_path_and_query_goes_to_the_backend_as_it_is():
     targets = ("/v1/models?limit=5&after=a+b%20c&q=%2e%2e/..&&=?x/y", "/v1/a%2Fb%3Fc%c3%A9",
                "/v1//x//", "/v1/", "/v1/~a:b@c!$&'()*+,;=", "/v1/.well-known/..x/a..b", "/v1/x?")
-    methods = ("HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "QUERY", "M-SEARCH", "get")
+    methods = ("HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "QUERY", "M-SEARCH")
     with forward(answers(response(b""))) as (port, backend), Client(port) as client:
         for (method, target), body in itertools.product(
                 [*zip(itertools.repeat("GET"), targets), *zip(methods, itertools.repeat("/v1/x"))],
@@ -2092,6 +2094,37 @@ def test_every_method_path_and_query_goes_to_the_backend_as_it_is():
             assert reply.status == 200, (method, target)
             assert seen(backend).reason == f"{method} {target} HTTP/1.1"
             assert backend.requests[-1][1] == body
+
+
+@pytest.mark.parametrize("method", ("head", "Get", "trace", "x"))
+def test_a_method_with_small_letters_does_not_reach_the_backend(method):
+    """Some servers read it as the one with capital letters; and then HEAD's reply has no body."""
+    with forward(answers(response())) as (port, backend):
+        reply = ask(port, method, FILES)
+        assert (reply.status, reply.error()["code"]) == (405, "method_not_allowed")
+        assert "POST" in reply.one("allow") and not backend.requests
+
+
+@pytest.mark.parametrize("method", ("GET", "HEAD", "DELETE", "OPTIONS", "QUERY"))
+def test_behind_a_body_that_a_backend_may_leave_unread_no_other_request_is_sent(method):
+    """What it leaves would be the beginning of the next one: somebody else's."""
+    evil = b"GET /slots?evil HTTP/1.1\r\nX-Swallow: "
+    def script(played, number):
+        while True:
+            while b"\r\n\r\n" not in played.buffer:
+                if not (data := played.socket.recv(65536)):
+                    return
+                played.buffer += data
+            head, _, played.buffer = played.buffer.partition(b"\r\n\r\n")
+            played.backend.requests.append((head, b""))
+            played.send(ok(b"Content-Length: 0", body=b""))
+    with forward(script) as (port, backend), Client(port) as client:
+        for _ in range(2):
+            assert client.send(request(method, "/v1/models", evil)).reply(method).status == 200
+            assert client.send(request("GET", "/v1/x")).reply().status == 200
+        targets = [head.split()[1] for head, _ in backend.requests]
+        assert targets == [b"/v1/models", b"/v1/x"] * 2
+        assert [b"Connection: close" in head for head, _ in backend.requests] == [True, False] * 2
 
 
 def test_completion_requests_that_are_no_json_objects_do_not_reach_the_backend():
@@ -2341,7 +2374,8 @@ def test_an_event_too_big_to_be_held_back_passes_and_no_error_event_falls_into_i
 def test_a_whole_stream_ends_as_one_in_every_framing():
     """Even if it has no empty line behind its last event, or a comment behind [DONE]."""
     kind, table = b"HTTP/1.1 200 OK\r\nContent-Type: Text/Event-Stream; charset=utf-8\r\n", []
-    for stream in (b"data: 1\n\n" + end for end in (DONE, DONE[:-1], DONE[:-2], DONE + b": x\n\n")):
+    for stream in (b"data: 1\n\n" + end for end in (
+            DONE, DONE[:-1], DONE[:-2], DONE + b": x\n\n", DONE + b"\n")):
         table += [(stream, kind + b"Content-Length: %d\r\n\r\n%b" % (len(stream), stream)),
                   (stream, kind + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(stream)),
                   (stream, (kind + b"\r\n" + stream,))]
@@ -2349,6 +2383,27 @@ def test_a_whole_stream_ends_as_one_in_every_framing():
         for case, (stream, answer) in enumerate(table):
             reply = ask(port, "POST", f"{CHATS}?{case}", STREAM)
             assert reply.body == stream and not reply.cut, answer
+
+
+@pytest.mark.parametrize("end", (
+    DONE + b'data: {"x"', DONE + b": bye", b"data: 1\ndata: [DONE]\nda", b"data: [DONE", b"data: 2",
+    b"xdata: [DONE]"))
+def test_a_stream_that_ends_by_closing_within_an_event_is_cut_whatever_came_before(end):
+    head = STREAM_HEAD.replace(b"Transfer-Encoding: chunked\r\n", b"")
+    def script(played, number):
+        played.request()
+        played.send(head + b"data: 1\n\n" + end)
+    with forward(script) as (port, _):
+        reply = ask(port, body=STREAM)
+        assert reply.cut and reply.events()[-1]["error"]["code"] == "backend_error"
+
+
+def test_another_type_that_begins_as_that_of_event_streams_does_is_none():
+    head = STREAM_HEAD.replace(b"event-stream", b"event-streamed")
+    assert head != STREAM_HEAD
+    with forward(answers(head + chunked(b"data: 1"))) as (port, _):
+        reply = ask(port, body=STREAM)
+        assert reply.body == b"data: 1" and not reply.cut and not reply.all("x-accel-buffering")
 
 
 def test_a_comment_that_comes_after_done_does_not_make_a_stream_broken():
