@@ -694,7 +694,7 @@ def log(*lines, patience=-1):
         return
     try:
         for part in [b"".join(data)] if sum(map(len, data)) <= PIPE_BUF else data:
-            if not takes_more(2, patience):
+            if patience >= 0 and not is_open_to_lines(patience):
                 break
             os.write(2, part)
     except OSError:  # a closed stderr is no reason to fail a request
@@ -703,18 +703,24 @@ def log(*lines, patience=-1):
         log_lock.release()
 
 
-def takes_more(descriptor, patience):
-    """Wait until a write would not have to; return whether that is so within so many seconds."""
+def is_open_to_lines(patience):
+    """Return whether stderr takes a line within so many seconds."""
     if not hasattr(select, "poll"):
         return True
     poller = select.poll()
-    poller.register(descriptor, select.POLLOUT)
+    poller.register(2, select.POLLOUT)
     return bool(poller.poll(patience * 1000))
+
+
+@lru_cache(1)
+def whole_seconds(now):
+    """Return a time without fraction; it costs as much as all else of a line, but once a second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
 
 
 def timestamp(now):
     """Return a time in RFC 3339, with milliseconds."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03}Z"
+    return f"{whole_seconds(int(now))}.{int(now % 1 * 1000):03}Z"
 
 
 def note(settings, text):
@@ -2418,11 +2424,13 @@ def supervise(server):
 
 
 def prepare_descriptors():
-    """Have 0, 1 and 2 open, or a socket would get the log; take as many more as are allowed."""
+    """Have 0, 1 and 2 open, or a socket would get the log, and take as many more as are allowed."""
     traceback.format_stack()  # loads what it needs: later there may be no descriptor left for that
     while (descriptor := socket.socket().detach()) <= 2:  # a bare chroot has no /dev/null
         pass
     socket.close(descriptor)
+    with suppress(OSError):  # if another program has made its pipe so, lines would be lost
+        os.set_blocking(2, True)
     with suppress(ImportError, OSError, ValueError):  # the soft limit is often 1,024: 512 requests
         import resource  # not on Windows
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
