@@ -270,6 +270,8 @@ def proxy_for(url):
         parts = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
         login, _, address = parts.netloc.rpartition("@")
         http.client.HTTPConnection(address)  # connects not yet, but looks at it
+        if not parts.hostname or parts.port == 0:  # raises for one above 65,535
+            raise ValueError
     except (ValueError, http.client.InvalidURL):  # whose text may be a part of a password
         raise ValueError(f"{backend.scheme.upper()}_PROXY is no proxy's address") from None
     words = b64encode(urllib.parse.unquote_to_bytes(login)).decode()
@@ -876,7 +878,9 @@ class Ledger:
             self.count()
 
     def end(self, record):
-        """Take a request that ends now, and do nothing about it yet."""
+        """Take a request that ends now, if it has not yet been, and do nothing about it yet."""
+        if record.duration_ms is not None:
+            return  # drain() has cut it off
         record.time = timestamp(time.time())
         record.duration_ms = (time.monotonic() - record.began) * 1000
         self.ended.append(record)
@@ -1033,9 +1037,9 @@ class Pool(urllib.request.BaseHandler):
         connection = http.client.HTTPSConnection(
             address, timeout=timeout, context=self._tls) if scheme == "https" else (
             http.client.HTTPConnection(address, timeout=timeout))
-        if proxy:  # by CONNECT, for http as well
-            connection.set_tunnel(host, headers=login)
         try:
+            if proxy:  # by CONNECT, for http as well
+                connection.set_tunnel(host, headers=login)
             connection.connect()
         except (OSError, http.client.HTTPException, ValueError) as error:
             connection.close()  # what is no HTTP leaves it open

@@ -5729,7 +5729,8 @@ def test_a_client_that_leaves_just_before_an_earlier_answer_is_taken_up_again_is
 
 
 @pytest.mark.parametrize("wrong", (
-    "http://user:s3cret@[::1", "http://user:s3/cret@127.0.0.1:3128", "http://user:s3@a b:3128"))
+    "http://user:s3cret@[::1", "http://user:s3/cret@127.0.0.1:3128", "http://user:s3@a b:3128",
+    "http://127.0.0.1:99999", "http://user:s3@:3128", "http://"))
 def test_a_wrong_proxy_is_one_line_that_names_it_and_no_part_of_its_password(
         proxies, capsys, wrong):
     proxies(http_proxy=wrong)
