@@ -381,7 +381,8 @@ HOST = re.compile(rb"(?:[\w.~%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 ABSOLUTE = re.compile(rb"https?://([^/?#]*)/?(.*)", re.I)
 DOTS = re.compile(rb"[/\\]\.\.?(?:[/\\]|\Z)")
 EMPTY_LINES = re.compile(rb"(?:\r\n)*+")
-LAST_EVENT = re.compile(rb"[\r\n]data: ?\[DONE\]")
+LAST_EVENT = re.compile(rb"[\r\n]data: ?\[DONE\](?: *|.*[\r\n])\Z", re.S)  # or lines behind it
+EVENT_ENDS = b"\n\n", b"\n\r\n", b"\r\r"
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 SALVAGE = re.compile(rb"\r\n(X-Request-ID|Request-ID|Origin):[ \t]*([!-~]{1,128})[ \t]*"
                      rb"(?=\r|\Z)", re.I)  # fields of use in a head that is not understood
@@ -592,7 +593,7 @@ def events_end(data):
     """Return the offset behind the last whole event in `data`, or 0 (WHATWG HTML, 9.2.5)."""
     if data.endswith(b"\n\n"):
         return len(data)
-    ends = (data.rfind(gap) + len(gap) for gap in (b"\n\n", b"\n\r\n", b"\r\r") if gap in data)
+    ends = (data.rfind(end) + len(end) for end in EVENT_ENDS if end in data)
     return max(ends, default=0)
 
 
@@ -1772,8 +1773,8 @@ class Handler(BaseHTTPRequestHandler):
             fields += b"X-Backend-Request-ID: %b\r\n" % theirs
         if b"date" not in index:
             fields += self.server.date
-        kind = index.get(b"content-type", b"").lower().partition(b";")[0].rstrip()
-        events = kind == b"text/event-stream"
+        kind = index.get(b"content-type", b"").lower().replace(b",", b";")  # it may be there twice
+        events = kind.partition(b";")[0].rstrip() == b"text/event-stream"
         if events:
             fields += b"".join(line for name, line in UNBUFFERED.items() if name not in index)
         events = events and b"content-encoding" not in index
@@ -1828,11 +1829,9 @@ class Handler(BaseHTTPRequestHandler):
                 self.send(b"")  # nothing has come with the head of the response
             yield True
         answer += tail
-        line = tail.strip(b"\r\n").splitlines()[-1:]
-        whole = line[0] in (b"data: [DONE]", b"data:[DONE]") if line else (
-            self.record.path not in PARSED or self.record.status != 200
-            or LAST_EVENT.search(answer[-USAGE_BYTES:]))
-        if unproven and not whole:
+        if unproven and not LAST_EVENT.search(answer[-USAGE_BYTES:]) and (
+                tail or not (self.at_boundary or answer.endswith(EVENT_ENDS))
+                or self.record.path in PARSED and self.record.status == 200):
             raise Broken("closed the connection before the end of its event stream")
         if tail:
             self.write_piece(tail)
@@ -2286,6 +2285,7 @@ class Server(ThreadingHTTPServer):
         for handler in list(self.connections.values()):  # these are cut off
             if handler and (record := handler.record) and record.duration_ms is None:
                 record.outcome, record.result = "shutdown_timeout", "cut"
+                record.request_id = record.request_id or next(handler.ids)  # within its head
                 self.ledger.end(record)
         return not self.connections
 

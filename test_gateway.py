@@ -2333,11 +2333,13 @@ def test_our_own_fault_before_anything_of_the_reply_went_out_is_a_500(
 
 
 def test_fields_against_buffering_are_added_to_event_streams_where_they_are_missing():
-    lines = ["X-Accel-Buffering: yes", "Cache-Control: private", "Content-Encoding: x"]
+    lines = ["X-Accel-Buffering: yes", "Cache-Control: private", "Content-Encoding: x",
+             "Content-Type: text/event-stream"]  # for the second time
     streams = [STREAM_HEAD[:-2] + f"{line}\r\n\r\n".encode() + chunked(DONE) for line in lines]
     with forward(by_case([*streams, response()])) as (port, backend):
         for case, expected in enumerate((
-                (["yes"], ["no-cache"]), (["no"], ["private"]), (["no"], ["no-cache"]), ([], []))):
+                (["yes"], ["no-cache"]), (["no"], ["private"]), (["no"], ["no-cache"]),
+                (["no"], ["no-cache"]), ([], []))):
             reply = ask(port, "POST", f"{CHATS}?{case}", STREAM)
             assert (reply.all("x-accel-buffering"), reply.all("cache-control")) == expected
 
@@ -2372,10 +2374,11 @@ def test_an_event_too_big_to_be_held_back_passes_and_no_error_event_falls_into_i
 
 
 def test_a_whole_stream_ends_as_one_in_every_framing():
-    """Even if it has no empty line behind its last event, or a comment behind [DONE]."""
+    """Even if it has no empty line behind its last event, or further lines behind [DONE]."""
     kind, table = b"HTTP/1.1 200 OK\r\nContent-Type: Text/Event-Stream; charset=utf-8\r\n", []
     for stream in (b"data: 1\n\n" + end for end in (
-            DONE, DONE[:-1], DONE[:-2], DONE + b": x\n\n", DONE + b"\n")):
+            DONE, DONE[:-1], DONE[:-2], DONE[:-2] + b" ", DONE + b": x\n\n", DONE + b": x\n",
+            DONE[:-1] + b"id: 7\n", DONE + b"\n", DONE.replace(b"\n", b"\r"))):
         table += [(stream, kind + b"Content-Length: %d\r\n\r\n%b" % (len(stream), stream)),
                   (stream, kind + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(stream)),
                   (stream, (kind + b"\r\n" + stream,))]
@@ -5085,9 +5088,10 @@ def test_what_is_cut_off_when_shutdown_timeout_is_over_has_its_line_too(workers)
     with PlayedBackend(script) as backend, Process(
             "--port=0", "--shutdown-timeout=0.3", WORKERS=workers,
             BACKEND_URL=backend.url) as process, contextlib.ExitStack() as stack:
-        idle, half, waiting, begun = [
-            stack.enter_context(Client(process.port)) for _ in range(4)]
+        idle, began, half, waiting, begun = [
+            stack.enter_context(Client(process.port)) for _ in range(5)]
         assert idle.send(HEALTH).reply().status == 200
+        began.send(b"GET / HT")
         begin(process, half)
         begun.send(request(body=STREAM)).head()
         waiting.send(request("GET", "/v1/models/x"))
@@ -5096,8 +5100,8 @@ def test_what_is_cut_off_when_shutdown_timeout_is_over_has_its_line_too(workers)
         assert process.wait() == 0
         cut = [line for line in process.lines if line.endswith(" shutdown_timeout")]
         assert sorted(line.split()[1:3] for line in cut) == [
-            ["0", "GET"], ["0", "POST"], ["200", "POST"]], process.log
-        assert len([line for line in process.lines if " id=" in line]) == 4
+            ["0", "-"], ["0", "GET"], ["0", "POST"], ["200", "POST"]], process.log
+        assert len([line for line in process.lines if re.search(" id=[!-~]{36} ", line)]) == 5
 
 
 def test_after_drain_delay_nobody_is_accepted_and_shutdown_timeout_begins():
@@ -5454,6 +5458,30 @@ def test_a_deeply_nested_list_of_models_is_passed_on_and_ends_no_process():
         for _ in range(3):
             reply = ask(process.port, "GET", "/v1/models")
             assert reply.status == 200 and reply.body.count(b'"a"') == 9_000
+
+
+@pytest.mark.parametrize("ends, cut", (
+    ([], True), ([b"x"], True), ([b"\n"], True), ([b"\n\n"], False), ([b"\n", b"\n"], False),
+    ([b"\r\n", b"\r\n"], False), ([b"\n\n", b"data: 2"], True)))
+def test_a_stream_that_ends_by_closing_within_a_long_event_is_cut(ends, cut):
+    """Where no [DONE] is to be expected, too; its event has begun to go out."""
+    go = threading.Semaphore(0)
+    def script(played, number):
+        played.request()
+        played.send(OK_HEAD[:-2] + b"Content-Type: text/event-stream\r\n\r\ndata: 1\n\ndata: ")
+        played.send(b"x" * 400_000)
+        for end in ends:
+            assert go.acquire(timeout=SECONDS)
+            played.send(end)
+    with forward(script) as (port, _), Client(port) as client:
+        client.send(request(path="/v1/responses", body=STREAM))
+        while client.buffer.count(b"x") < 400_000:
+            assert client.more()
+        for end in ends:  # each by itself
+            go.release()
+            if end is not ends[-1]:
+                wait_for(client, b"\r\n%x\r\n%b\r\n" % (len(end), end))
+        assert client.reply().cut is cut
 
 
 def test_text_within_a_long_event_is_no_end_of_its_stream():
