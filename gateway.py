@@ -697,22 +697,14 @@ def log(*lines, patience=-1):
         return
     try:
         for part in [b"".join(data)] if sum(map(len, data)) <= PIPE_BUF else data:
-            if patience >= 0 and not is_open_to_lines(patience):
+            # It may be full. (Windows' select() takes sockets alone.)
+            if patience >= 0 and os.name == "posix" and not select.select([], [2], [], patience)[1]:
                 break
             os.write(2, part)
     except OSError:  # a closed stderr is no reason to fail a request
         pass
     finally:
         log_lock.release()
-
-
-def is_open_to_lines(patience):
-    """Return whether stderr takes a line within so many seconds."""
-    if not hasattr(select, "poll"):
-        return True
-    poller = select.poll()
-    poller.register(2, select.POLLOUT)
-    return bool(poller.poll(patience * 1000))
 
 
 @lru_cache(1)
