@@ -593,8 +593,7 @@ def events_end(data):
     """Return the offset behind the last whole event in `data`, or 0 (WHATWG HTML, 9.2.5)."""
     if data.endswith(b"\n\n"):
         return len(data)
-    ends = (data.rfind(end) + len(end) for end in EVENT_ENDS if end in data)
-    return max(ends, default=0)
+    return max((data.rfind(end) + len(end) for end in EVENT_ENDS if end in data), default=0)
 
 
 def refuse_constant(name):
