@@ -832,13 +832,11 @@ class Metrics:
                 if key and not total and not counts[-1] and kind != "gauge":
                     continue  # of series with labels, those appear that have a number
                 pairs = [f'{label}="{value}"' for label, value in zip(labels, key)]
-                if not bounds:
-                    lines.append(sample(family, pairs, total))
-                    continue
-                for bound, count in zip((*bounds, "+Inf"), counts):
-                    lines.append(sample(f"{family}_bucket", [*pairs, f'le="{bound}"'], count))
-                lines += [sample(f"{family}_sum", pairs, total),
-                          sample(f"{family}_count", pairs, counts[-1])]
+                if bounds:
+                    lines += [sample(f"{family}_bucket", [*pairs, f'le="{bound}"'], count)
+                              for bound, count in zip((*bounds, "+Inf"), counts)]
+                    lines.append(sample(f"{family}_count", pairs, counts[-1]))
+                lines.append(sample(f"{family}_sum" if bounds else family, pairs, total))
         return "\n".join([*lines, ""]).encode()
 
 
