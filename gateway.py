@@ -2113,7 +2113,6 @@ class Server(ThreadingHTTPServer):
             # systemd lets it block again when it starts another service on it: not for ever.
             set_timeouts(self.socket, SWEEP_SECONDS, SWEEP_SECONDS)
             self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = self.server_address[:2]
         self.socket.setblocking(False)  # of workers, all are woken; who is late must not wait
 
     def serve_forever(self, poll_interval=SWEEP_SECONDS):

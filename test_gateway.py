@@ -358,7 +358,7 @@ def serve(**knobs):
     knobs = {"port": 0, "probe_interval": 0, **knobs}
     argv = [f"--{name.replace('_', '-')}={value}" for name, value in knobs.items()]
     server = gateway.Server(gateway.read_settings(argv, {}))
-    server.port = server.server_port
+    server.port = server.server_address[1]
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
