@@ -2245,15 +2245,14 @@ class Server(ThreadingHTTPServer):
              "models": None if backend.models is None else list(backend.models)}
             for backend in backends]}).encode()
 
-    def drain(self, patience):
+    def drain(self):
         """Stop listening and wait until the requests in flight have ended; tell whether they did.
 
         For DRAIN_DELAY all goes on, but /readyz says 503 and each reply `Connection: close`. Then
         connections made before are still answered, and those that are idle for PARTING_SECONDS are
-        closed: the next request of one that was not told may be under way. `patience` is in
-        seconds.
+        closed: the next request of one that was not told may be under way.
         """
-        self.draining = True
+        self.draining, patience = True, self.settings.shutdown_timeout
         time.sleep(self.settings.drain_delay)
         began = time.monotonic()
         self.shutdown()
@@ -2329,7 +2328,7 @@ def work(server):
         if CAN_WAIT:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
         note(server.settings, DRAINING)
-    if not server.drain(server.settings.shutdown_timeout):
+    if not server.drain():
         note(server.settings,
              f"SHUTDOWN_TIMEOUT is over; connections that were cut off: {len(server.connections)}")
     server.ledger.settle(NOTE_SECONDS)

@@ -355,7 +355,7 @@ def free_port():
 @contextlib.contextmanager
 def serve(**knobs):
     """Run a gateway in this process, on a free port; yields its Server, which ends empty."""
-    knobs = {"port": 0, "probe_interval": 0, **knobs}
+    knobs = {"port": 0, "probe_interval": 0, "shutdown_timeout": SECONDS, **knobs}
     argv = [f"--{name.replace('_', '-')}={value}" for name, value in knobs.items()]
     server = gateway.Server(gateway.read_settings(argv, {}))
     server.port = server.server_address[1]
@@ -364,7 +364,7 @@ def serve(**knobs):
     try:
         yield server
     finally:
-        drained = server.drain(SECONDS)
+        drained = server.drain()
         thread.join(SECONDS)
         if server.backends:
             for link in itertools.chain(*server.backends.pool._idle.values()):
