@@ -1963,8 +1963,7 @@ class Admission:
             self.queue.remove(request)
         if request.cancelled:
             raise ClientGone
-        raise APIError(429, "concurrency_limit", "as many requests as MAX_CONCURRENT_REQUESTS"
-                       " allows are in flight; try again",
+        raise APIError(429, "concurrency_limit", "MAX_CONCURRENT_REQUESTS are in flight; try again",
                        fields=b"Retry-After: 1\r\nretry-after-ms: 1000\r\n")
 
     def leave(self):
