@@ -1911,9 +1911,8 @@ class Handler(BaseHTTPRequestHandler):
 # == 8. Server =====================================================================================
 # Binds, gives each connection to a thread, and refuses those past the limit; one thread relays
 # the events of all streams. Workers share one socket, and even out how many connections each has.
-# Ten times a second it looks for clients that left while a backend works for them, for probes that
-# are due, and for requests that are not yet logged. To stop, it says so at /readyz, then takes no
-# more connections and waits for the requests in flight.
+# Ten times a second it sweeps, for what nobody else would notice. To stop, it says so at /readyz,
+# then takes no more connections and waits for the requests in flight.
 
 SWEEP_SECONDS = 0.1     # a vanished client's backend is stopped within about this
 MAX_ACCEPTS = 256       # connections that are accepted before other duties are looked after
