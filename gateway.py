@@ -259,9 +259,7 @@ def is_loopback(host):
 
 
 def proxy_for(url):
-    """Return the address of the environment's proxy for a backend, and the fields to log in there;
-    None if there is none. Raises ValueError.
-    """
+    """Return (address, fields to log in) of the environment's proxy, or None; raises ValueError."""
     backend = urllib.parse.urlsplit(url)
     proxy = urllib.request.getproxies().get(backend.scheme)
     if is_loopback(backend.hostname) or not proxy or urllib.request.proxy_bypass(backend.netloc):
@@ -467,9 +465,7 @@ def parse_but_length(parse, head, *more):
 
 @remembered
 def parse_request(head, drop):
-    """Return the Request (3) that a head is, and the length of its body, which may be CHUNKED;
-    raises Malformed: 400, 431, 501 or 505.
-    """
+    """Return the Request (3) that a head is, and its body's length or CHUNKED; raises Malformed."""
     match, index, persistent, fields = parse_head(head, drop, REQUEST_LINE, "METHOD /path HTTP/1.1")
     if match[3] != b"1":
         raise Malformed("set the client to HTTP/1.1", 505)
@@ -492,10 +488,7 @@ def parse_request(head, drop):
 
 
 def body_length(index, minor, otherwise):
-    """Return the length of a body (6.3), or CHUNKED, or `otherwise` if none is told.
-
-    Raises Malformed where two readers could differ, and 501 for another coding than chunked.
-    """
+    """Return the length of a body (6.3), or CHUNKED, or else `otherwise`; raises Malformed."""
     length, coding = index.get(b"content-length"), index.get(b"transfer-encoding")
     if length is not None and not length.isdigit():
         raise Malformed("Content-Length must be there once, as digits")
@@ -1715,9 +1708,8 @@ class Handler(BaseHTTPRequestHandler):
             self.server.admission.leave()
 
     def look_into(self, body):
-        """Return the model that the request is for, or None; note that of a POST.
-
-        Raises 400 for what must be a JSON object and is none.
+        """Return the model that the request is for, or None; note that of a POST. Raises 400 for
+        what must be a JSON object and is none.
         """
         record, path, model = self.record, self.asked.path, None
         if self.asked.method != "POST":
@@ -2334,10 +2326,7 @@ def work(server):
 
 
 def start_workers(server, workers):
-    """Fork the workers that are missing, as long as that can be done.
-
-    `workers` gives for a process id the worker's number and when it was started.
-    """
+    """Fork the workers that are missing; `workers` is {process id: (number, time of its start)}."""
     for number in {*range(server.settings.workers)} - {number for number, _ in workers.values()}:
         try:
             pid = os.fork()
@@ -2369,8 +2358,7 @@ def reap(workers):
 def supervise(server):
     """Keep WORKERS processes at work until told to stop; return the exit status.
 
-    They share the server's socket. A second signal to stop ends them at once, as does the deadline
-    of a drain.
+    A second signal to stop ends them at once, as does the deadline of a drain.
     """
     settings, workers, status, deadline = server.settings, {}, 0, None
     gc.freeze()  # what the collector does not touch, the workers share: 3 MiB each
