@@ -2431,7 +2431,7 @@ def start_up_line(server):
 
 
 def main():
-    """Run the gateway until SIGTERM or SIGINT; return the exit status."""
+    """Run the gateway until SIGTERM or SIGINT; return the exit status, or the error if it is 1."""
     settings = read_settings(sys.argv[1:], os.environ)
     if CAN_WAIT:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -2445,9 +2445,8 @@ def main():
     except (OSError, ValueError) as error:
         where = f"{printable(settings.host)} port {settings.port}" if (
             settings.listen_fd is None) else "the socket of LISTEN_FDS"
-        log(f"gateway.py: cannot listen on {where}:"
-            f" {getattr(error, 'strerror', None) or error}; set HOST and PORT")
-        return 1
+        return (f"gateway.py: cannot listen on {where}:"
+                f" {getattr(error, 'strerror', None) or error}; set HOST and PORT")
     line = start_up_line(server)
     note(settings, line) if settings.log_format == "json" else log(line)
     return supervise(server) if settings.workers > 1 else work(server)
