@@ -1589,10 +1589,9 @@ class Handler(BaseHTTPRequestHandler):
             if not (piece := self.receive(deadline)):
                 raise Malformed("the head of the request was cut off")
             self.buffer += piece
-        asked, length = parse_but_length(
+        asked, self.owed = parse_but_length(
             parse_request, self.buffer[:end], self.server.not_forwarded)
-        self.asked, self.owed, self.minor = asked, length, asked.minor
-        self.buffer = self.buffer[end + 4:]
+        self.asked, self.minor, self.buffer = asked, asked.minor, self.buffer[end + 4:]
         record.method, record.path, index = asked.method, asked.path, asked.index
         record.request_id = accepted_request_id(index, self.ids)
         self.close_connection = not asked.persistent
