@@ -689,9 +689,8 @@ def log(*lines, patience=-1):
         return
     try:
         for part in [b"".join(data)] if sum(map(len, data)) <= PIPE_BUF else data:
-            # It may be full. (Windows' select() takes sockets alone.)
             if patience >= 0 and os.name == "posix" and not select.select([], [2], [], patience)[1]:
-                break
+                break  # it is full; the select() of Windows takes sockets alone
             os.write(2, part)
     except OSError:  # a closed stderr is no reason to fail a request
         pass
