@@ -1013,26 +1013,25 @@ class Pool(urllib.request.BaseHandler):
 
     def _dial(self, request):
         """Give the request a new link, and return it; raises Unreachable."""
-        (scheme, host), timeout = request.backend.key, self._settings.connect_timeout
-        proxy = request.backend.proxy
-        address, login = proxy or (host, {})
+        backend, timeout = request.backend, self._settings.connect_timeout
+        address, login = backend.proxy or (backend.host, {})
         connection = http.client.HTTPSConnection(
-            address, timeout=timeout, context=self._tls) if scheme == "https" else (
+            address, timeout=timeout, context=self._tls) if backend.scheme == "https" else (
             http.client.HTTPConnection(address, timeout=timeout))
         try:
-            if proxy:  # by CONNECT, for http as well
-                connection.set_tunnel(host, headers=login)
+            if backend.proxy:  # by CONNECT, for http as well
+                connection.set_tunnel(backend.host, headers=login)
             connection.connect()
         except (OSError, http.client.HTTPException, ValueError) as error:
             connection.close()  # what is no HTTP leaves it open
             why = ascii(str(error))[1:-1]  # a proxy may have chosen its words
-            raise Unreachable(f"{scheme}://{host} cannot be reached"
-                              f"{' by its proxy' if proxy else ''}: {why}") from None
+            raise Unreachable(f"{backend.scheme}://{backend.host} cannot be reached"
+                              f"{' by its proxy' if backend.proxy else ''}: {why}") from None
         connection.sock.settimeout(None)
-        if scheme == "https":
+        if backend.scheme == "https":
             connection.sock.suppress_ragged_eofs = False  # an end without its alert is a cut (9.8)
         with self._lock:
-            request.link = Link(connection.sock, request.backend.key)
+            request.link = Link(connection.sock, backend.key)
         return request.link
 
     def _exchange(self, request, link):
