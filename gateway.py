@@ -2328,8 +2328,7 @@ def start_workers(server, workers):
         try:
             pid = os.fork()
         except OSError as error:
-            return note(server.settings,
-                        f"no worker can be started: {error.strerror}; trying again")
+            return note(server.settings, f"no worker can start: {error.strerror}; trying again")
         if not pid:
             try:
                 server.metrics.row = server.metrics.rows[number]
