@@ -488,7 +488,7 @@ def parse_request(head, drop):
 
 
 def body_length(index, minor, otherwise):
-    """Return the length of a body (6.3), or CHUNKED, or else `otherwise`; raises Malformed."""
+    """Return the length of a body (6.3), or CHUNKED, or `otherwise`; raises Malformed: 400, 501."""
     length, coding = index.get(b"content-length"), index.get(b"transfer-encoding")
     if length is not None and not length.isdigit():
         raise Malformed("Content-Length must be there once, as digits")
@@ -848,7 +848,7 @@ class Ledger:
     """
 
     def __init__(self, settings, metrics):
-        self.ended, self.lines, self._settled = [], [], 0.0
+        self.ended, self.lines, self._settled, self._lock = [], [], 0.0, threading.Lock()
         self._form, self._metrics = settings.log_format, metrics
 
     def enter(self, record, alone):
@@ -859,12 +859,13 @@ class Ledger:
         elif alone:
             self.count()
 
-    def end(self, record):
+    def end(self, record, **fate):
         """Take a request that ends now, if it has not yet been, and do nothing about it yet."""
-        if record.duration_ms is not None:
-            return  # drain() has cut it off
-        record.time = timestamp(time.time())
-        record.duration_ms = (time.monotonic() - record.began) * 1000
+        with self._lock:  # drain() may cut it off at this moment
+            if record.duration_ms is not None:
+                return
+            record.duration_ms = (time.monotonic() - record.began) * 1000
+        vars(record).update(fate, time=timestamp(time.time()))
         self.ended.append(record)
 
     def count(self):
@@ -1571,7 +1572,11 @@ class Handler(BaseHTTPRequestHandler):
                 if abs(left - self.patience) > self.patience / 10:
                     self.patience = left
                     set_timeouts(self.connection, left, self.settings.client_timeout)
-                return self.connection.recv(RECEIVE_BYTES)
+                data = self.connection.recv(RECEIVE_BYTES)
+                if not data and self.deaf and self.idle_since is None:  # drain() has ended it
+                    raise APIError(503, "shutting_down", "the gateway is being stopped; try again",
+                                   fields=b"Retry-After: 1\r\n")
+                return data
         except (TimeoutError, BlockingIOError):
             pass
         except OSError:
@@ -1972,8 +1977,10 @@ class Streams:
     handlers in `_lent` this thread alone makes the steps; that of the connection waits for `lent`.
     """
 
+    closed, _epoll = False, None
+
     def __init__(self):
-        self._lock, self._epoll, self._lent = threading.Lock(), None, {}
+        self._lock, self._lent = threading.Lock(), {}
 
     def lend(self, handler, steps):
         """Have the handler's steps made, each when its link has bytes, until one has released the
@@ -1981,17 +1988,13 @@ class Streams:
         where that cannot be: then the caller makes the next step itself, and waits in it.
         """
         request, link, fault = handler.forwarding, handler.forwarding.link, None
-        if not hasattr(select, "epoll") or not link or (
+        if not self._epoll or not link or (
                 ssl.SSLSocket in (type(link.sock), type(handler.connection))):
             return
         handler.lent, request.flags = SimpleQueue(), socket.MSG_DONTWAIT
         descriptor, link.idle_since = link.sock.fileno(), time.monotonic()
-        with suppress(OSError, RuntimeError):  # no descriptor is left, or no thread
+        with suppress(OSError):  # the system watches no more of them
             with self._lock:
-                if not self._epoll:
-                    epoll = select.epoll()
-                    start_new_thread(self._run, (epoll,))
-                    self._epoll = epoll
                 with suppress(FileExistsError):  # the step that released the link is not yet over
                     self._epoll.register(descriptor, select.EPOLLIN)
                 self._lent[descriptor] = handler, steps, link
@@ -2005,30 +2008,35 @@ class Streams:
         finally:
             del fault  # as in Backends.open
 
+    def start(self):
+        """Begin to take handlers, where the system lets us."""
+        # Not only when the first one comes: there may be no memory for the thread's first line.
+        with suppress(AttributeError, OSError, RuntimeError):
+            epoll = select.epoll()
+            threading.Thread(target=self._run, args=(epoll,), daemon=True).start()
+            self._epoll = epoll
+
     def _run(self, epoll):
         schedule("SCHED_OTHER")
         next_look = 0.0
-        while True:
-            ready = epoll.poll(SWEEP_SECONDS)
-            now = time.monotonic()
-            for descriptor, _ in ready:
-                self._step(descriptor, now)
-            if now >= next_look:
-                next_look = now + SWEEP_SECONDS
+        while not self.closed:
+            with suppress(MemoryError):  # what is ready is so in the next round too
+                for descriptor, _ in epoll.poll(SWEEP_SECONDS):
+                    self._step(descriptor)
+                if time.monotonic() < next_look:
+                    continue
+                next_look = time.monotonic() + SWEEP_SECONDS
                 for descriptor, (*_, link) in list(self._lent.items()):
-                    if now - link.idle_since > link.patience:
-                        self._step(descriptor, now)  # finds nothing to receive: BackendTimeout
-                with self._lock:
-                    if not self._lent:
-                        self._epoll = epoll.close()  # None: the next one lent makes another
-                        return
+                    if time.monotonic() - link.idle_since > link.patience:
+                        self._step(descriptor)  # finds nothing to receive: BackendTimeout
+        self._epoll = epoll.close()
 
-    def _step(self, descriptor, now):
+    def _step(self, descriptor):
         loan = self._lent.get(descriptor)
         if not loan:
             return  # it is being lent at this moment
         handler, steps, link = loan
-        link.idle_since, fault = now, None
+        link.idle_since, fault = time.monotonic(), None
         try:
             if next(steps, False) and handler.forwarding.link and not handler.unsent:
                 return  # only its backend is waited for: it stays here
@@ -2104,6 +2112,8 @@ class Server(ThreadingHTTPServer):
 
     def serve_forever(self, poll_interval=SWEEP_SECONDS):
         """Serve, once the first probes have told who serves what, or have had a second for it."""
+        if self.backends:
+            self.streams.start()
         began = time.monotonic()
         self.service_actions()
         while time.monotonic() < began + PARTING_SECONDS and self.backends and (
@@ -2258,9 +2268,9 @@ class Server(ThreadingHTTPServer):
             time.sleep(SWEEP_SECONDS / 10)
         for handler in list(self.connections.values()):  # these are cut off
             if handler and (record := handler.record) and record.duration_ms is None:
-                record.outcome, record.result = "shutdown_timeout", "cut"
-                record.request_id = record.request_id or next(handler.ids)  # within its head
-                self.ledger.end(record)
+                self.ledger.end(record, outcome="shutdown_timeout", result="cut",
+                                request_id=record.request_id or next(request_ids()))
+        self.streams.closed = not self.connections
         return not self.connections
 
 

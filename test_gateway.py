@@ -2588,33 +2588,55 @@ def test_a_client_that_stalls_and_then_leaves_or_not_leaves_nothing_in_memory(le
         gc.enable()
 
 
-@pytest.mark.parametrize("lacks", ["epoll", "descriptors", "threads", "watches"])
+@pytest.mark.parametrize("lacks", ["epoll", "descriptors", "watches"])
 def test_streams_work_where_the_system_has_nothing_to_relay_them_in_one_thread(lacks, monkeypatch):
     class NoWatches:
-        close = poll = lambda *_: []
+        def close(self):
+            pass
+        def poll(self, timeout):
+            time.sleep(timeout)
+            return []
         def register(self, *_):
             raise OSError(errno.ENOSPC, "no watches are left")
     def fail(*_):
-        raise RuntimeError("can't start new thread") if lacks == "threads" else (
-            OSError(errno.EMFILE, "Too many open files"))
+        raise OSError(errno.EMFILE, "Too many open files")
     pieces, go = [b"data: %d\n\n" % n for n in range(5)], threading.Semaphore(0)
     script = stepwise(go, STREAM_HEAD, *[
         chunked(piece, end=piece is pieces[-1]) for piece in pieces])
+    if lacks == "epoll":
+        monkeypatch.delattr(select, "epoll")
+        monkeypatch.delattr(socket, "MSG_DONTWAIT")  # as on Windows
+    else:
+        monkeypatch.setattr(select, "epoll", NoWatches if lacks == "watches" else fail)
     with forward(script) as (port, backend), Client(port) as client:
         client.send(request(body=STREAM))
-        eventually(lambda: backend.requests)
-        if lacks == "epoll":
-            monkeypatch.delattr(select, "epoll")
-            monkeypatch.delattr(socket, "MSG_DONTWAIT")  # as on Windows
-        elif lacks == "threads":
-            monkeypatch.setattr(gateway, "start_new_thread", fail)
-        else:
-            monkeypatch.setattr(select, "epoll", NoWatches if lacks == "watches" else fail)
         go.release()
         for piece in pieces:
             go.release()
             wait_for(client, piece)
         assert client.reply().body == b"".join(pieces)
+
+
+def test_streams_outlive_a_shortage_of_memory(monkeypatch):
+    short, go, real = threading.Event(), threading.Semaphore(0), select.epoll
+    class Watches:
+        def __init__(self):
+            self.register, self.unregister, self.close, self.watches = (
+                (epoll := real()).register, epoll.unregister, epoll.close, epoll)
+        def poll(self, timeout):
+            if short.is_set():
+                short.clear()
+                raise MemoryError
+            return self.watches.poll(timeout)
+    monkeypatch.setattr(select, "epoll", Watches)
+    with forward(stepwise(go, STREAM_HEAD, *[chunked(b"data: 1\n\n", end=False)] * 2,
+                          chunked(DONE))) as (port, _), Client(port) as client:
+        go.release(2)
+        wait_for(client.send(request(body=STREAM)), b"data: 1\n\n")
+        short.set()
+        eventually(lambda: not short.is_set())
+        go.release(2)
+        assert client.reply().events() == [1, 1, "[DONE]"]
 
 
 # -- 7. Handler: backends that die in mid-answer ---------------------------------------------------
@@ -2665,7 +2687,7 @@ def test_an_event_stream_that_breaks_off_ends_with_an_error_event(how, capfd):
         for client, case in zip(clients, table):
             reply = client.reply()
             first, last = reply.events()
-            assert first == {"a": "[DONE]"}, case
+            assert first == {"a": "[DONE]"} and [*last] == ["error"], case
             assert {*last["error"]} == {"code", "message", "param", "type"}, case
             assert (last["error"]["type"], last["error"]["code"]) == ("server_error", code), case
             assert reply.cut == (case[3] == "1.1") and client.is_closed(), case
@@ -3811,7 +3833,7 @@ def test_the_backend_gets_its_own_key_and_never_a_gateway_s(knobs, fields, expec
             assert ask(port, method, path, CHAT if method == "POST" else b"", *fields).status == 200
             head, _ = backend.requests[-1]
             assert re.findall(rb"(?i)\r\nauthorization: *([^\r]*)", head) == expected
-            assert "api_keys" not in knobs or b"theirs" not in head
+            assert not knobs or b"theirs" not in head
 
 
 @pytest.mark.parametrize("form", ("text", "json"))
@@ -4007,6 +4029,66 @@ def test_no_place_is_lost_to_clients_that_leave_at_any_moment():
             eventually(lambda: sum(body == b"{}" for _, body in list(backend.requests)) == 2)
             go.release(3)
             assert [client.reply().status for client in (one, two, three)] == [200] * 3
+
+
+def test_a_request_that_begins_just_when_a_drain_ends_its_idle_connection_is_no_bad_one(
+        monkeypatch):
+    """A client sends a 503 again, and a 400 not."""
+    def set_deaf(handler, value):
+        vars(handler)["noted"] = value
+        client.send(POST + b"Content-Length: %d\r\n\r\n" % len(CHAT))
+        eventually(lambda: handler.idle_since is None and not handler.buffer)
+    monkeypatch.setattr(gateway.Handler, "deaf", property(
+        lambda handler: vars(handler).get("noted", False), set_deaf))
+    with serve() as server, Client(server.port) as client:
+        assert client.send(HEALTH).reply().status == 200
+        drain = threading.Thread(target=server.drain)
+        drain.start()
+        reply = client.reply()
+        drain.join(SECONDS)
+        assert (reply.status, reply.error()["code"]) == (503, "shutting_down")
+        assert reply.one("retry-after") == "1" and reply.one("connection") == "close"
+
+
+def test_a_request_that_is_cut_off_while_its_id_is_made_is_so_all_the_same(monkeypatch, log):
+    making, go, make = threading.Event(), threading.Event(), gateway.request_ids
+    def request_ids():
+        if threading.current_thread() is not threading.main_thread() and not making.is_set():
+            making.set()
+            assert go.wait(SECONDS)
+        yield from make()
+    monkeypatch.setattr(gateway, "request_ids", request_ids)
+    with serve(shutdown_timeout=0.1) as server, Client(server.port) as client:
+        client.send(HEALTH)
+        assert making.wait(SECONDS) and not server.drain()
+        server.ledger.settle()
+        assert lines_of(log)[0].endswith(" shutdown_timeout")
+        go.set()
+        client.reply()
+        eventually(lambda: not server.connections)
+    assert len(lines_of(log)) == 1
+
+
+def test_a_request_that_ends_while_it_is_cut_off_ends_once():
+    settings = gateway.read_settings([], {})
+    ledger = gateway.Ledger(settings, gateway.Metrics(1, ()))
+    class Record(gateway.Record):
+        def cut(self):
+            ledger.end(self, outcome="shutdown_timeout")
+        @property
+        def began(self):  # asked for where the duration is reckoned
+            if not other.is_alive():
+                other.start()
+                other.join(0.2)
+            return 0.0
+        @began.setter
+        def began(self, value):
+            pass
+    record = Record("127.0.0.1")
+    other = threading.Thread(target=record.cut)
+    ledger.end(record)
+    other.join(SECONDS)
+    assert ledger.ended == [record] and record.outcome == "ok"
 
 
 def test_a_drain_serves_those_who_wait():
