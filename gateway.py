@@ -281,6 +281,8 @@ def proxy_for(url):
 # next. Whoever finds the fault raises it in one line, and Handler.fail alone sends it. Inside this
 # file only APIError and ClientGone travel: exceptions of libraries are translated where they arise.
 
+MESSAGES = "/v1/messages"  # Anthropic's API, which vLLM, llama.cpp and others have too
+
 
 class APIError(Exception):
     """A refusal of a request, or a failure; `fields` are further header lines of the reply."""
@@ -290,13 +292,16 @@ class APIError(Exception):
         self.status, self.code, self.message, self.param = status, code, message, param
         self.fields = fields
 
-    def body(self):
-        """Return the error as JSON bytes, in the shape that OpenAI's SDKs parse."""
+    def body(self, path=""):
+        """Return the error as JSON bytes, in the shape that OpenAI's SDKs parse, and Anthropic's
+        where the path is one of theirs.
+        """
         ours = self.status >= 500 and self.status not in (501, 505)
         kind = "server_error" if ours else (
             "rate_limit_error" if self.status == 429 else "invalid_request_error")
-        return json.dumps({"error": {"message": self.message, "type": kind, "param": self.param,
-                                     "code": self.code}}).encode()
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return json.dumps(({"type": "error"} if path.startswith(MESSAGES) else {})
+                          | {"error": error}).encode()
 
 
 class Malformed(APIError):
@@ -361,6 +366,7 @@ NOT_FORWARDED = HOP_BY_HOP | {
     b"host", b"content-length", b"expect", b"x-request-id", b"x-forwarded-for",
     b"x-forwarded-proto", b"x-forwarded-host"}
 NOT_RETURNED = HOP_BY_HOP | {b"content-length", b"x-request-id", b"x-backend-request-id"}
+OF_KEYS = {b"authorization", b"x-api-key", b"api-key"}  # Anthropic's and Azure's SDKs send these
 CORS_FIELDS = {b"access-control-allow-origin", b"access-control-allow-credentials",
                b"access-control-expose-headers"}
 
@@ -1670,7 +1676,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def authenticate(self):
         """Note whose key the request bears (RFC 6750); raises 401 if it is nobody's."""
-        scheme, _, key = self.asked.index.get(b"authorization", b"").partition(b" ")
+        index, told = self.asked.index, b""
+        if self.record.path.startswith(MESSAGES):
+            told = b"Bearer " + index.get(b"x-api-key", b"")
+        scheme, _, key = index.get(b"authorization", told).partition(b" ")
         # All are compared, each in constant time: how long it takes tells nothing of any.
         names = [name for name, own in self.server.keys if compare_digest(own, key.strip(b" "))]
         if scheme.lower() != b"bearer" or not names:
@@ -1895,10 +1904,11 @@ class Handler(BaseHTTPRequestHandler):
             self.cors = cors_fields(index.get(b"origin"), self.settings.cors_origins)
         with suppress(ClientGone):
             if not begun:
-                return self.reply(error.status, error.body(), error.fields)
+                return self.reply(error.status, error.body(record.path), error.fields)
             if self.at_boundary:
                 self.open_ended = False
-                self.write_piece(EVENT % error.body())
+                name = b"event: error\n" if record.path.startswith(MESSAGES) else b""
+                self.write_piece(name + EVENT % error.body(record.path))
         self.close_connection = True
 
 
@@ -2092,7 +2102,7 @@ class Server(ThreadingHTTPServer):
         """Take these keys and this certificate from here on."""
         self.keys, self.tls = keys, tls
         self.scheme = b"https" if tls else b"http"
-        self.not_forwarded = NOT_FORWARDED | ({b"authorization"} if keys or backend_key else set())
+        self.not_forwarded = NOT_FORWARDED | (OF_KEYS if keys or backend_key else set())
         if self.backends and backend_key:
             self.backends.authorization = f"Authorization: Bearer {backend_key}\r\n".encode()
 

@@ -2694,6 +2694,23 @@ def test_an_event_stream_that_breaks_off_ends_with_an_error_event(how, capfd):
     wait_for_log(capfd, f" 200 .*{code}")
 
 
+def test_errors_to_anthropic_s_sdks_have_their_shape_too():
+    """Their events have a name (_streaming.py), and @ai-sdk/anthropic wants "type": "error"."""
+    path = "/v1/messages/count_tokens"
+    with dying("FIN", [(b"text/event-stream", path, "chunks", "1.1")], b"data: 1\n\n", b"1") as (
+            client,):
+        reply = client.reply()
+        begun, event = reply.body[:-2].split(b"\n\n")
+        name, data = event.split(b"\ndata: ")
+        assert (reply.cut, begun, name) == (True, b"data: 1", b"event: error")
+    with serve() as server:
+        refusal, other = ask(server.port, "POST", path), ask(server.port, "POST", FILES)
+        assert refusal.status == 404 and [*other.json()] == ["error"]
+        for told in json.loads(data), refusal.json():
+            assert told["type"] == "error" and {*told["error"]} == {
+                "message", "type", "param", "code"}
+
+
 @pytest.mark.parametrize("how", ["FIN", "RST", "silence"])
 @pytest.mark.parametrize("kind, path", [
     (b"application/json", CHATS), (b"audio/mpeg", "/v1/audio/speech"),
@@ -3785,6 +3802,17 @@ def test_what_is_not_exactly_a_key_is_401_and_reaches_no_backend(fields, log, tm
         assert len(backend.requests) == 1
 
 
+def test_anthropic_s_sdks_may_send_a_key_in_their_own_field():
+    path, key = "/v1/messages", "X-Api-Key: s3cret-b"
+    with forward(answers(response()), api_keys=KEYS) as (port, _):
+        for status, path, *fields in (
+                (200, path, key), (200, path + "?beta=true", bearer("s3cret-a"), key),
+                (401, path, "X-Api-Key: s3cret"), (401, path, "X-Api-Key: "), (401, path),
+                (401, path, bearer("s3cret"), key), (401, path, key, key), (401, CHATS, key),
+                (401, path, "api-key: s3cret-b")):
+            assert ask(port, "POST", path, b"{}", *fields).status == status, (path, fields)
+
+
 @pytest.mark.parametrize("knobs", ({}, {"backend_url": "http://127.0.0.1:9"}))
 def test_every_path_but_those_of_probes_needs_a_key_before_a_body_is_asked_for(knobs):
     with serve(api_keys=KEYS, **knobs) as server:
@@ -3820,6 +3848,8 @@ def test_the_log_names_the_key_and_nothing_else_does(key, name, scheme, log, tmp
 @pytest.mark.parametrize(("knobs", "fields", "expected"), [
     ({}, (bearer("theirs"),), [b"Bearer theirs"]),
     ({"api_keys": "theirs"}, (bearer("theirs"),), []),
+    ({"api_keys": "theirs"}, (bearer("theirs"), "X-Api-Key: theirs", "api-key: theirs"), []),
+    ({"backend_api_key": "ours"}, ("X-API-Key: theirs", "Api-Key: theirs"), [b"Bearer ours"]),
     ({"backend_api_key": "ours"}, (), [b"Bearer ours"]),
     ({"backend_api_key_file": "ours\n"}, (bearer("theirs"), bearer("x")), [b"Bearer ours"]),
     ({"api_keys": "theirs", "backend_api_key": "ours"},
