@@ -871,7 +871,9 @@ class Ledger:
             if record.duration_ms is not None:
                 return
             record.duration_ms = (time.monotonic() - record.began) * 1000
-        vars(record).update(fate, time=timestamp(time.time()))
+        record.time = timestamp(time.time())
+        for name, value in fate.items():
+            setattr(record, name, value)
         self.ended.append(record)
 
     def count(self):
