@@ -1571,7 +1571,7 @@ class Handler(BaseHTTPRequestHandler):
         return True
 
     def receive(self, deadline):
-        """Return what the client sends next, b"" at its end; raises 408 past the deadline."""
+        """Return what the client sends next, b"" at its end; raises 408, or 503 in a drain."""
         left = deadline - time.monotonic()
         try:
             if left > 0:
@@ -1581,7 +1581,7 @@ class Handler(BaseHTTPRequestHandler):
                     self.patience = left
                     set_timeouts(self.connection, left, self.settings.client_timeout)
                 data = self.connection.recv(RECEIVE_BYTES)
-                if not data and self.deaf and self.idle_since is None:  # drain() has ended it
+                if not data and self.deaf:  # drain() has ended it
                     raise APIError(503, "shutting_down", "the gateway is being stopped; try again",
                                    fields=b"Retry-After: 1\r\n")
                 return data
@@ -1824,7 +1824,7 @@ class Handler(BaseHTTPRequestHandler):
             yield True
         answer += tail
         if unproven and not LAST_EVENT.search(answer[-USAGE_BYTES:]) and (
-                tail or not (self.at_boundary or answer.endswith(EVENT_ENDS))
+                tail.strip(b"\r\n") or not (self.at_boundary or answer.endswith(EVENT_ENDS))
                 or self.record.path in PARSED and self.record.status == 200):
             raise Broken("closed the connection before the end of its event stream")
         if tail:
@@ -2054,12 +2054,15 @@ class Streams:
                 return  # only its backend is waited for: it stays here
         except BaseException as error:
             fault = error
-        with self._lock:
-            if self._lent.get(descriptor) is loan:  # else the link was released, and is lent again
-                del self._lent[descriptor]
-                with suppress(OSError):  # it is closed
-                    self._epoll.unregister(descriptor)
-        handler.lent.put(fault)
+        while True:
+            with suppress(MemoryError):  # the fault must not be lost, nor the handler wait for ever
+                with self._lock:
+                    if self._lent.get(descriptor) is loan:  # else released since, and lent again
+                        del self._lent[descriptor]
+                        with suppress(OSError):  # it is closed
+                            self._epoll.unregister(descriptor)
+                handler.lent.put(fault)
+                break
         del fault  # as in Backends.open
 
 

@@ -2409,6 +2409,16 @@ def test_another_type_that_begins_as_that_of_event_streams_does_is_none():
         assert reply.body == b"data: 1" and not reply.cut and not reply.all("x-accel-buffering")
 
 
+def test_an_event_stream_of_another_status_needs_no_done():
+    head = STREAM_HEAD.replace(b"Transfer-Encoding: chunked\r\n", b"").replace(b"200 OK", b"400 No")
+    def script(played, number):
+        played.request()
+        played.send(head + b"data: 1\n\n")
+    with forward(script) as (port, _):
+        reply = ask(port, body=STREAM)
+        assert (reply.status, reply.body, reply.cut) == (400, b"data: 1\n\n", False)
+
+
 def test_a_comment_that_comes_after_done_does_not_make_a_stream_broken():
     go, head = threading.Semaphore(1), STREAM_HEAD.replace(b"Transfer-Encoding: chunked\r\n", b"")
     script = stepwise(go, head + DONE, b": bye\n\n")
@@ -2588,7 +2598,7 @@ def test_a_client_that_stalls_and_then_leaves_or_not_leaves_nothing_in_memory(le
         gc.enable()
 
 
-@pytest.mark.parametrize("lacks", ["epoll", "descriptors", "watches"])
+@pytest.mark.parametrize("lacks", ["epoll", "descriptors", "threads", "watches"])
 def test_streams_work_where_the_system_has_nothing_to_relay_them_in_one_thread(lacks, monkeypatch):
     class NoWatches:
         def close(self):
@@ -2606,6 +2616,13 @@ def test_streams_work_where_the_system_has_nothing_to_relay_them_in_one_thread(l
     if lacks == "epoll":
         monkeypatch.delattr(select, "epoll")
         monkeypatch.delattr(socket, "MSG_DONTWAIT")  # as on Windows
+    elif lacks == "threads":
+        real = threading.Thread.start
+        def start(thread):
+            if "_run" in thread.name:
+                raise RuntimeError("can't start new thread")
+            real(thread)
+        monkeypatch.setattr(threading.Thread, "start", start)
     else:
         monkeypatch.setattr(select, "epoll", NoWatches if lacks == "watches" else fail)
     with forward(script) as (port, backend), Client(port) as client:
@@ -2615,6 +2632,43 @@ def test_streams_work_where_the_system_has_nothing_to_relay_them_in_one_thread(l
             go.release()
             wait_for(client, piece)
         assert client.reply().body == b"".join(pieces)
+
+
+def test_a_stream_may_last_longer_than_its_backend_may_be_silent():
+    def script(played, number):
+        played.request()
+        played.send(STREAM_HEAD)
+        for _ in range(10):
+            time.sleep(0.2)
+            played.send(chunked(b"data: 1\n\n", end=False))
+        played.send(chunked(DONE))
+    with forward(script, backend_timeout=1) as (port, _):
+        assert ask(port, body=STREAM).events() == [1] * 10 + ["[DONE]"]
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_a_shortage_of_memory_hides_no_cut_of_a_stream(version):
+    """It comes where its thread has met the cut, and has not yet told so."""
+    class Lock:
+        real, short = threading.Lock(), [MemoryError] * 3
+        def __enter__(self):
+            if die.is_set() and self.short and "_run" in threading.current_thread().name:
+                raise self.short.pop()
+            self.real.acquire()
+        def __exit__(self, *_):
+            self.real.release()
+    die = threading.Event()
+    def script(played, number):
+        played.request()
+        played.send(STREAM_HEAD + chunked(b"data: 1\n\n", end=False))
+        assert die.wait(SECONDS)
+    with PlayedBackend(script) as backend, serve(backend_url=backend.url) as server, Client(
+            server.port) as client:
+        server.streams._lock = Lock()
+        wait_for(client.send(request(path="/v1/responses", body=STREAM, version=version)), b"1\n\n")
+        die.set()
+        assert client.reply().events()[-1]["error"]["code"] == "backend_error"
+        assert not Lock.short
 
 
 def test_streams_outlive_a_shortage_of_memory(monkeypatch):
@@ -4093,6 +4147,7 @@ def test_a_request_that_is_cut_off_while_its_id_is_made_is_so_all_the_same(monke
         assert making.wait(SECONDS) and not server.drain()
         server.ledger.settle()
         assert lines_of(log)[0].endswith(" shutdown_timeout")
+        assert b'status="other",outcome="cut"} 1' in server.metrics.render()
         go.set()
         client.reply()
         eventually(lambda: not server.connections)
@@ -5574,7 +5629,7 @@ def test_a_deeply_nested_list_of_models_is_passed_on_and_ends_no_process():
 
 @pytest.mark.parametrize("ends, cut", (
     ([], True), ([b"x"], True), ([b"\n"], True), ([b"\n\n"], False), ([b"\n", b"\n"], False),
-    ([b"\r\n", b"\r\n"], False), ([b"\n\n", b"data: 2"], True)))
+    ([b"\r\n", b"\r\n"], False), ([b"\n\n", b"\n"], False), ([b"\n\n", b"data: 2"], True)))
 def test_a_stream_that_ends_by_closing_within_a_long_event_is_cut(ends, cut):
     """Where no [DONE] is to be expected, too; its event has begun to go out."""
     go = threading.Semaphore(0)
@@ -5589,9 +5644,9 @@ def test_a_stream_that_ends_by_closing_within_a_long_event_is_cut(ends, cut):
         client.send(request(path="/v1/responses", body=STREAM))
         while client.buffer.count(b"x") < 400_000:
             assert client.more()
-        for end in ends:  # each by itself
+        for left, end in zip(range(len(ends), 0, -1), ends):  # each by itself
             go.release()
-            if end is not ends[-1]:
+            if left > 1:
                 wait_for(client, b"\r\n%x\r\n%b\r\n" % (len(end), end))
         assert client.reply().cut is cut
 
