@@ -695,13 +695,20 @@ def log(*lines, patience=-1):
         return
     try:
         for part in [b"".join(data)] if sum(map(len, data)) <= PIPE_BUF else data:
-            if patience >= 0 and os.name == "posix" and not select.select([], [2], [], patience)[1]:
-                break  # it is full; the select() of Windows takes sockets alone
+            if is_full(patience):
+                break
             os.write(2, part)
     except OSError:  # a closed stderr is no reason to fail a request
         pass
     finally:
         log_lock.release()
+
+
+def is_full(patience):
+    """Tell whether stderr takes nothing within so many seconds; it is never so for -1."""
+    with suppress(OSError):  # it is closed; on Windows, select() takes sockets alone
+        return patience >= 0 and not select.select([], [2], [], patience)[1]
+    return False
 
 
 @lru_cache(1)
@@ -724,7 +731,8 @@ def note(settings, text):
 
 def note_internal_error(settings, where):
     """Write the exception that is being handled, which is our own fault."""
-    note(settings, f"internal error, {where}\n{traceback.format_exc()}")
+    with suppress(Exception):  # to format it takes memory, which may be what has run out
+        note(settings, f"internal error, {where}\n{traceback.format_exc()}")
 
 
 def printable(text):
@@ -892,6 +900,8 @@ class Ledger:
         # the slowest hundredth of 128 connections took 180 ms with two workers, and 60 so.
         if log_lock.acquire(timeout=patience):
             try:
+                if is_full(patience):
+                    return
                 with self._metrics.lock:
                     lines, self.lines, self._settled = self.lines, [], time.monotonic()
                 if lines:
@@ -916,6 +926,7 @@ MAX_BACK_OFF = 30       # seconds, doubled from 1, that a failing backend is lef
 MAX_RETRY_AFTER = 300   # seconds that a backend may ask for
 MAX_INTERIM = 1_000     # responses of 1xx, before the one that counts, are taken
 MAX_LIST_PIECES = 64    # of a list of models, each of up to RECEIVE_BYTES
+SHORTAGES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))  # all ours
 BUSY = frozenset((502, 503, 504, 508))  # it, or one behind it, cannot answer now: another may
 
 # `length` is that of the body, and `body` None if it has not all come with the head; `pieces`
@@ -1021,7 +1032,7 @@ class Pool(urllib.request.BaseHandler):
             self.release(request)
 
     def _dial(self, request):
-        """Give the request a new link, and return it; raises Unreachable."""
+        """Give the request a new link, and return it; raises Unreachable, or 503."""
         backend, timeout = request.backend, self._settings.connect_timeout
         address, login = backend.proxy or (backend.host, {})
         connection = http.client.HTTPSConnection(
@@ -1033,6 +1044,10 @@ class Pool(urllib.request.BaseHandler):
             connection.connect()
         except (OSError, http.client.HTTPException, ValueError) as error:
             connection.close()  # what is no HTTP leaves it open
+            if getattr(error, "errno", 0) in SHORTAGES:
+                raise APIError(503, "too_many_connections", f"{error.strerror}: the gateway's"
+                               " system has no room for one more connection; try again, or raise"
+                               " its limits", fields=b"Retry-After: 1\r\n") from None
             why = ascii(str(error))[1:-1]  # a proxy may have chosen its words
             raise Unreachable(f"{backend.scheme}://{backend.host} cannot be reached"
                               f"{' by its proxy' if backend.proxy else ''}: {why}") from None
@@ -1362,7 +1377,7 @@ class Backends:
                 why = "its answer to a probe took too long" if backend.silent else error.message
                 self.failed(backend, why, lost=(
                     backend.up or backend.lost or isinstance(error, Unreachable)))
-        except ClientGone:  # it was cancelled before it was sent
+        except (APIError, ClientGone):  # we have no descriptor left; it was cancelled
             pass
         except Exception:
             note_internal_error(self.settings, backend.url)
@@ -1509,7 +1524,7 @@ class Handler(BaseHTTPRequestHandler):
         # its reply (9.6), were it an empty line. So say that no more comes, and discard for a while
         # what it sends.
         deadline = time.monotonic() + LINGER_SECONDS
-        with self.connection, suppress(APIError, OSError):
+        with self.connection, suppress(APIError, OSError, MemoryError):
             if self.open_ended:
                 return
             self.reset_at_close(False)
@@ -1548,8 +1563,10 @@ class Handler(BaseHTTPRequestHandler):
             record.status, record.outcome, record.result = 499, "client_closed", "client_closed"
         except Exception:
             record.outcome, record.result = "internal_error", "failed"  # without memory, this too
-            note_internal_error(self.settings, f"id={record.request_id}")
-            self.fail(APIError(500, "internal_error", "the gateway failed; its log says why"))
+            try:
+                self.fail(APIError(500, "internal_error", "the gateway failed; its log says why"))
+            finally:
+                note_internal_error(self.settings, f"id={record.request_id}")
         finally:
             self.forwarding = None
             self.server.ledger.enter(record, len(self.server.connections) == 1)
@@ -2134,7 +2151,12 @@ class Server(ThreadingHTTPServer):
         while time.monotonic() < began + PARTING_SECONDS and self.backends and (
                 any(backend.probing for backend in self.backends.all)):
             time.sleep(0.002)
-        super().serve_forever(poll_interval)
+        while self.socket.fileno() >= 0:
+            try:
+                return super().serve_forever(poll_interval)
+            except Exception:  # no memory, say: the process would live, and accept nothing
+                time.sleep(SWEEP_SECONDS)
+                note_internal_error(self.settings, "accept")
 
     def get_request(self):
         """Give all connections that wait to threads; BlockingIOError says that there is no more."""
@@ -2151,7 +2173,7 @@ class Server(ThreadingHTTPServer):
         try:
             request, address = super().get_request()
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):  # wait for some, rather than spin
+            if error.errno in SHORTAGES:  # wait for some, rather than spin
                 time.sleep(SWEEP_SECONDS)
             raise
         request.setblocking(True)  # BSDs pass the listener's mode on
@@ -2328,7 +2350,12 @@ def work(server):
             allowed, place = sorted(os.sched_getaffinity(0)), server.first_processor + server.number
             os.sched_setaffinity(0, {allowed[place % len(allowed)]})
     schedule("SCHED_BATCH")
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    except RuntimeError:
+        note(server.settings, "the system starts no thread: raise its limits on them; or a"
+             " container's runtime is too old for the image")
+        return 1
     with suppress(KeyboardInterrupt):
         while CAN_WAIT and signal.sigwait(awaited(server.settings)) not in STOP:
             server.reload()
@@ -2469,7 +2496,7 @@ def main():
         return (f"gateway.py: cannot listen on {where}:"
                 f" {getattr(error, 'strerror', None) or error}; set HOST and PORT")
     line = start_up_line(server)
-    note(settings, line) if settings.log_format == "json" else log(line)
+    note(settings, line) if settings.log_format == "json" else log(line, patience=NOTE_SECONDS)
     return supervise(server) if settings.workers > 1 else work(server)
 
 

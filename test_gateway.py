@@ -477,6 +477,7 @@ def echo():
 
 # -- helpers for the tests without a backend -------------------------------------------------------
 
+NOTE_INTERNAL_ERROR = gateway.note_internal_error  # `faults` puts another in its place
 HEALTH = b"GET /healthz HTTP/1.1\r\nHost: t\r\n\r\n"
 OK = {"status": "ok"}
 
@@ -2248,19 +2249,42 @@ def test_a_fault_of_our_own_is_an_internal_error_with_its_text_in_the_log_alone(
     faults.clear()
 
 
-def test_a_fault_that_cannot_even_be_noted_is_none_that_went_well(
+def test_a_fault_that_cannot_even_be_answered_is_none_that_went_well(
         monkeypatch, capfd, echo, faults):
     def fail(*_):
         raise MemoryError
-    note = gateway.note_internal_error
     with Client(echo) as client:
         monkeypatch.setattr(gateway, "find_head", fail)
-        monkeypatch.setattr(gateway, "note_internal_error", lambda settings, where: (
-            fail() if where.startswith("id=") else note(settings, where)))
+        monkeypatch.setattr(gateway.Handler, "fail", fail)
         client.send(HEALTH)
         assert client.is_closed()
         wait_for_log(capfd, " internal_error$")
-        eventually(lambda: len(faults) == 1)
+        eventually(lambda: len(faults) == 2)
+    faults.clear()
+
+
+def test_a_fault_is_answered_though_it_cannot_be_noted(monkeypatch, log, faults):
+    def fail(*_):
+        raise MemoryError
+    with serve() as server, Client(server.port) as client:
+        monkeypatch.setattr(gateway, "find_head", fail)
+        monkeypatch.setattr(gateway.traceback, "format_exc", fail)
+        monkeypatch.setattr(gateway, "note_internal_error", NOTE_INTERNAL_ERROR)
+        assert client.send(HEALTH).reply().status == 500
+        assert lines_of(log)[0].endswith(" internal_error")
+
+
+def test_accepting_goes_on_where_it_has_failed(monkeypatch, faults):
+    failures = [MemoryError, OSError(errno.ENOMEM, "no memory"), ValueError]
+    accept = gateway.Server.get_request
+    def get_request(server):
+        if failures:
+            raise failures.pop()
+        return accept(server)
+    with serve() as server:
+        monkeypatch.setattr(gateway.Server, "get_request", get_request)
+        assert ask(server.port, "GET", "/healthz").status == 200 and not failures
+    assert len(faults) == 2
     faults.clear()
 
 
@@ -5717,12 +5741,13 @@ def test_out_of_descriptors_each_request_gets_its_error_and_later_ones_are_serve
             eventually(lambda: len(os.listdir(f"/proc/{process.pid}/fd")) == 40)
             for client in clients[:20]:
                 reply = client.send(TO_CHAT).reply()
-                assert (reply.status, reply.error()["code"]) == (502, "backend_unreachable")
-                assert is_new(reply.one("x-request-id"))
+                assert (reply.status, reply.error()["code"]) == (503, "too_many_connections")
+                assert is_new(reply.one("x-request-id")) and reply.one("retry-after") == "1"
             for client in clients[5:]:
                 client.vanish()
             for client in clients[:5]:
                 eventually(lambda: client.send(TO_CHAT).reply().status == 200)
+            assert " is down" not in process.log  # which is not to blame
 
 
 def test_done_behind_a_long_event_whose_end_came_in_two_ends_its_stream():
@@ -5868,6 +5893,53 @@ def test_a_log_that_nobody_reads_does_not_keep_the_gateway_from_its_end(workers)
             assert ask(port, "GET", "/" + "x" * 999).status == 404
         process.send_signal(signal.SIGTERM)
         assert process.wait(SECONDS) == 0
+
+
+@pytest.mark.skipif(not hasattr(fcntl, "F_SETPIPE_SZ"), reason="only Linux tells a pipe its size")
+def test_a_log_that_nobody_reads_holds_up_no_connection_before_a_thousand_lines_wait():
+    with log_in_a_pipe("1") as (process, port, log), Client(port) as client, (
+            concurrent.futures.ThreadPoolExecutor(1)) as pool:
+        for _ in range(200):
+            assert client.send(request("GET", "/" + "x" * 999)).reply().status == 404
+            time.sleep(0.002)  # so that lines are due
+        lines = pool.submit(log.read)  # to its end
+        client.socket.close()
+        process.send_signal(signal.SIGTERM)
+        assert lines.result().count(" GET /xxx") == 200 and process.wait(SECONDS) == 0
+
+
+@pytest.mark.skipif(not hasattr(fcntl, "F_SETPIPE_SZ"), reason="only Linux tells a pipe its size")
+@pytest.mark.parametrize("workers", ("1", "2"))
+def test_a_log_that_is_full_from_the_start_does_not_keep_the_gateway_from_serving(workers):
+    reader, writer = os.pipe()
+    os.write(writer, b"x" * fcntl.fcntl(writer, fcntl.F_GETPIPE_SZ))
+    clean = {"PATH": os.environ["PATH"], "PORT": str(port := free_port()), "WORKERS": workers}
+    with subprocess.Popen([sys.executable, str(HERE / "gateway.py")], stderr=writer, env=clean,
+                          stdin=subprocess.DEVNULL) as process:
+        os.close(writer)
+        def status():
+            with contextlib.suppress(ConnectionRefusedError):
+                return ask(port, "GET", "/healthz").status
+        try:
+            assert eventually(status) == 200
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(SECONDS) == 0
+        finally:
+            process.kill()
+            os.close(reader)
+
+
+def test_where_no_thread_can_be_started_one_line_says_so():
+    code = """if True:
+        import runpy, sys, threading
+        def start(thread):
+            raise RuntimeError("can't start new thread")
+        threading.Thread.start = start
+        sys.argv.pop(0)
+        runpy.run_path(sys.argv[0], run_name="__main__")"""
+    with Process("--port=0", python=(sys.executable, "-c", code)) as process:
+        assert process.wait() == 1 and "starts no thread" in process.lines[-1]
+        assert len(process.lines) == 2  # the first one says where it listens
 
 
 @pytest.mark.skipif(not hasattr(fcntl, "F_SETPIPE_SZ"), reason="only Linux tells a pipe its size")
