@@ -5847,10 +5847,11 @@ def test_a_stalled_reader_of_the_log_stops_neither_new_connections_nor_a_second_
                 with contextlib.suppress(ConnectionRefusedError):
                     return Client(port)
             with eventually(connected) as first:
-                def is_stalled():  # nobody reads: the pipe fills, and a line of the log waits
+                for _ in range(9_999):  # nobody reads: the pipe fills, and a line of the log waits
                     first.send(HEALTH)
-                    return not select.select([first.socket], [], [], 1)[0] or not first.reply()
-                eventually(is_stalled)
+                    if not select.select([first.socket], [], [], 1)[0]:
+                        break
+                    first.reply()
                 for path in ("/healthz", "/metrics", "/metrics"):
                     with Client(port) as second:
                         assert second.send(request("GET", path)).reply().status == 200
@@ -5909,11 +5910,10 @@ def test_a_log_that_nobody_reads_holds_up_no_connection_before_a_thousand_lines_
 
 
 @pytest.mark.skipif(not hasattr(fcntl, "F_SETPIPE_SZ"), reason="only Linux tells a pipe its size")
-@pytest.mark.parametrize("workers", ("1", "2"))
-def test_a_log_that_is_full_from_the_start_does_not_keep_the_gateway_from_serving(workers):
+def test_a_log_that_is_full_from_the_start_does_not_keep_the_gateway_from_serving():
     reader, writer = os.pipe()
     os.write(writer, b"x" * fcntl.fcntl(writer, fcntl.F_GETPIPE_SZ))
-    clean = {"PATH": os.environ["PATH"], "PORT": str(port := free_port()), "WORKERS": workers}
+    clean = {"PATH": os.environ["PATH"], "PORT": str(port := free_port())}
     with subprocess.Popen([sys.executable, str(HERE / "gateway.py")], stderr=writer, env=clean,
                           stdin=subprocess.DEVNULL) as process:
         os.close(writer)
