@@ -183,7 +183,7 @@ find_pytest() { # a Python that has pytest goes to $tester; if need be, .venv is
     run "$tester" -m pip install --quiet --retries 1 --timeout 15 pytest
 }
 
-suite() { # suite PART ARGUMENT...: in the background. Four parts of it run at once, because the
+suite() { # suite PART ARGUMENT...: in the background. Six parts of it run at once, because the
     # tests wait for longer than they compute.
     exec "${clean[@]}" PART="$1" "$tester" -B -m pytest -p test_gateway $options "${@:2}"
 }
@@ -199,11 +199,11 @@ else
         exit $failed
     fi
     set -m
-    for part in 1 2 3; do
-        suite "$part/4" >"$work/part$part" 2>&1 </dev/null & parts+=" $!"
+    for part in 1 2 3 4 5; do
+        suite "$part/6" >"$work/part$part" 2>&1 </dev/null & parts+=" $!"
     done
     set +m
-    run suite 0/4 || failed=1
+    run suite 0/6 || failed=1
     for part in $parts; do wait "$part" || failed=1; done
     cat "$work"/part?
     [ $failed = 0 ] && echo "ok 4 the suite" || echo "FAILED: the suite; see FAILED or ERROR above"
