@@ -731,7 +731,7 @@ def note(settings, text):
 
 def note_internal_error(settings, where):
     """Write the exception that is being handled, which is our own fault."""
-    with suppress(Exception):  # to format it takes memory, which may be what has run out
+    with suppress(Exception):  # memory may be what has run out
         note(settings, f"internal error, {where}\n{traceback.format_exc()}")
 
 
@@ -927,7 +927,7 @@ MAX_BACK_OFF = 30       # seconds, doubled from 1, that a failing backend is lef
 MAX_RETRY_AFTER = 300   # seconds that a backend may ask for
 MAX_INTERIM = 1_000     # responses of 1xx, before the one that counts, are taken
 MAX_LIST_PIECES = 64    # of a list of models, each of up to RECEIVE_BYTES
-SHORTAGES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))  # all ours
+SHORTAGES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))  # on our side
 BUSY = frozenset((502, 503, 504, 508))  # it, or one behind it, cannot answer now: another may
 
 # `length` is that of the body, and `body` None if it has not all come with the head; `pieces`
@@ -1378,7 +1378,7 @@ class Backends:
                 why = "its answer to a probe took too long" if backend.silent else error.message
                 self.failed(backend, why, lost=(
                     backend.up or backend.lost or isinstance(error, Unreachable)))
-        except (APIError, ClientGone):  # we have no descriptor left; it was cancelled
+        except (APIError, ClientGone):  # of SHORTAGES; or it was cancelled before it was sent
             pass
         except Exception:
             note_internal_error(self.settings, backend.url)
@@ -1564,7 +1564,7 @@ class Handler(BaseHTTPRequestHandler):
             record.status, record.outcome, record.result = 499, "client_closed", "client_closed"
         except Exception:
             record.outcome, record.result = "internal_error", "failed"  # without memory, this too
-            try:
+            try:  # the reply first: to format a traceback takes memory
                 self.fail(APIError(500, "internal_error", "the gateway failed; its log says why"))
             finally:
                 note_internal_error(self.settings, f"id={record.request_id}")
@@ -1696,10 +1696,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def authenticate(self):
         """Note whose key the request bears (RFC 6750); raises 401 if it is nobody's."""
-        index, told = self.asked.index, b""
-        if self.record.path.startswith(MESSAGES):
-            told = b"Bearer " + index.get(b"x-api-key", b"")
-        scheme, _, key = index.get(b"authorization", told).partition(b" ")
+        index, otherwise = self.asked.index, b""
+        if self.record.path.startswith(MESSAGES):  # Anthropic's clients may have their own field
+            otherwise = b"Bearer " + index.get(b"x-api-key", b"")
+        scheme, _, key = index.get(b"authorization", otherwise).partition(b" ")
         # All are compared, each in constant time: how long it takes tells nothing of any.
         names = [name for name, own in self.server.keys if compare_digest(own, key.strip(b" "))]
         if scheme.lower() != b"bearer" or not names:
