@@ -130,7 +130,8 @@ workers = like("auto|[1-9][0-9]?", "from 1 to 99, or auto", lambda text: (
     os.process_cpu_count() or 1 if text == "auto" else int(text)))
 seconds, from_0 = number(float, 0.001, 86_400), number(float, 0, 86_400)
 KNOBS = (  # name, parser, default, what it is
-    ("host", str, "127.0.0.1", "address to listen on; 0.0.0.0 or :: for all interfaces"),
+    ("host", like(r"[\w.%:-]+", "an address or a name, such as 127.0.0.1 or ::1"), "127.0.0.1",
+     "address to listen on; 0.0.0.0 or :: for all interfaces"),
     ("port", number(int, 0, 65_535), "8080", "port to listen on; 0 takes a free one"),
     ("backend_url", listed(backend_url), "",
      "servers to forward to, separated by commas; without one the gateway echoes"),
@@ -389,7 +390,7 @@ LAST_EVENT = re.compile(rb"[\r\n]data: ?\[DONE\](?: *|.*[\r\n])\Z", re.S)  # or 
 EVENT_ENDS = b"\n\n", b"\n\r\n", b"\r\r"
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 SALVAGE = re.compile(rb"\r\n(X-Request-ID|Request-ID|Origin):[ \t]*([!-~]{1,128})[ \t]*"
-                     rb"(?=\r|\Z)", re.I)  # fields of use in a head that is not understood
+                     rb"(?=\r)", re.I)  # fields of use in a head that is not understood
 TRACE = re.compile(rb"(?!ff|00.{54})[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}"
                    rb"-[0-9a-f]{2}(?:-.*)?")  # W3C Trace Context, 3.2.2
 FORM_MODEL = re.compile(rb'[; ]name="?model"?\r\n(?:[^\r\n]{1,256}\r\n){0,8}\r\n'
@@ -547,7 +548,7 @@ def accepted_request_id(index, ids):
 class Body:
     """Decodes a body that is fed in any pieces; when it is `done`, `rest` came behind it.
 
-    Of chunks (7.1), extensions and trailers are checked and dropped; `_left` is then what is left
+    Of chunks (7.1), extensions and trailers are checked and dropped; `left` is then what is left
     of a chunk, 0 where the next one's size comes, -1 where the trailers do. If they are
     `malformed`, what came before that is good.
     """
@@ -555,36 +556,37 @@ class Body:
     malformed = False
 
     def __init__(self, length):
-        self._chunked, self._left = length == CHUNKED, max(length, 0)
+        self._chunked, self.left = length == CHUNKED, max(length, 0)
         self.done, self.rest = length == 0, b"\r\n" if self._chunked else b""  # as behind a chunk
 
     def feed(self, data):
         """Return the bytes of the body that `data` completes."""
         if not self._chunked:
-            piece, self.rest = data[:self._left], data[self._left:]
-            self._left -= len(piece)
-            self.done = not self._left
+            piece, self.rest = data[:self.left], data[self.left:]
+            self.left -= len(piece)
+            self.done = not self.left
             return piece
         data, pieces, at = self.rest + data, [], 0
-        if not self._left and (line := CHUNK.match(data)):  # most come alone, whole: saves 3%
+        if not self.left and (line := CHUNK.match(data)):  # most come alone, whole: saves 3%
             start, end = line.end(), len(data) - 2
             if end - start == int(line[1], 16) > 0 and data.endswith(b"\r\n"):
                 self.rest = b"\r\n"
                 return data[start:end]
         while not self.done:
-            if self._left > 0:
-                pieces.append(data[at:at + self._left])
-                at, self._left = at + len(pieces[-1]), self._left - len(pieces[-1])
-            if self._left == 0 and (line := CHUNK.match(data, at)):
-                at, self._left = line.end(), int(line[1], 16) or -1  # -1: trailers come
-            elif self._left < 0 and (end := TRAILERS.match(data, at)):
+            if self.left > 0:
+                pieces.append(data[at:at + self.left])
+                at, self.left = at + len(pieces[-1]), self.left - len(pieces[-1])
+            if self.left == 0 and (line := CHUNK.match(data, at)):
+                at, self.left = line.end(), int(line[1], 16) or -1  # -1: trailers come
+            elif self.left < 0 and (end := TRAILERS.match(data, at)):
                 at, self.done = end.end(), True
             else:
                 break
         self.rest = data[at:]
-        ended = b"\r\n\r\n" in self.rest if self._left < 0 else b"\r\n" in self.rest[2:]
-        self.malformed = not self.done and (ended or len(self.rest) > MAX_CHUNK_LINE or (
-            bool(NEVER_IN_A_HEAD.search(self.rest))))
+        ended = b"\r\n\r\n" in self.rest if self.left < 0 else b"\r\n" in self.rest[2:]
+        self.malformed = not self.done and (
+            ended or len(self.rest) > MAX_CHUNK_LINE or bool(NEVER_IN_A_HEAD.search(self.rest))
+            or self.left == 0 and not b"\r\n".startswith(self.rest[:2]))
         return b"".join(pieces)
 
 
@@ -1425,7 +1427,7 @@ class Echo:
 
     def __init__(self, asked, request_id):
         messages, what = asked.get("messages"), "an array of {role, content}"
-        demand(messages is not None, "messages", what, "missing_required_parameter")
+        demand("messages" in asked, "messages", what, "missing_required_parameter")
         demand(isinstance(messages, list), "messages", what)
         demand(messages, "messages", f"{what}, with one at least", "empty_array")
         for name, kind, what in (("model", str, "a string"), ("stream", bool, "true or false"),
@@ -1642,7 +1644,7 @@ class Handler(BaseHTTPRequestHandler):
         while True:
             pieces.append(body.feed(data))
             received += len(pieces[-1])
-            if max(length, received) > limit:
+            if received + max(body.left, 0) > limit:  # also of what is announced
                 raise APIError(413, "request_too_large", f"a body may have {limit} bytes"
                                " (MAX_BODY_BYTES); send less")
             if body.malformed:
@@ -1917,8 +1919,8 @@ class Handler(BaseHTTPRequestHandler):
         record.outcome = error.code
         record.result = "cut" if begun else "failed" if error.status >= 500 else "refused"
         if not record.request_id:  # the head was not understood; some of it counts all the same
-            head = self.buffer.partition(b"\r\n\r\n")[0]
-            index = {name.lower(): value for name, value in SALVAGE.findall(head)}
+            head, end, _ = self.buffer.partition(b"\r\n\r\n")
+            index = {name.lower(): value for name, value in SALVAGE.findall(head + end[:1])}
             record.request_id = accepted_request_id(index, self.ids)
             record.method = "HEAD" if head.startswith(b"HEAD ") else "-"  # its reply has no body
             self.cors = cors_fields(index.get(b"origin"), self.settings.cors_origins)
