@@ -155,7 +155,7 @@ KNOBS = (  # name, parser, default, what it is
     ("backend_timeout", seconds, "600",
      "seconds a backend may be silent, before its first byte and between bytes"),
     ("probe_interval", from_0, "10", "seconds from one look at /v1/models to the next; 0: none"),
-    ("shutdown_timeout", seconds, "30", "seconds that requests in flight have left after SIGTERM"),
+    ("shutdown_timeout", from_0, "30", "seconds that requests in flight have left after SIGTERM"),
     ("drain_delay", from_0, "0", "seconds before that, for load balancers to see /readyz at 503"),
     ("workers", workers, "1", "processes that serve; auto is one for each processor"),
     ("cpu_affinity", switch, "1",
@@ -382,7 +382,8 @@ CHUNK = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})(?:[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(
                    % (TOKEN, TOKEN, QUOTED))
 TRAILERS = re.compile(rb"(?:%b:%b\r\n)*+\r\n" % (TOKEN, VALUE))
 NEVER_IN_A_HEAD = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n|\Z)|(?<!\r)\n")
-HOST = re.compile(rb"(?:[\w.~%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
+HOST = re.compile(rb"(?:(?:[\w.~-]|%[0-9A-F]{2})+|\[[0-9A-F.]*:[0-9A-F.:]+\])(?::[0-9]{0,5})?",
+                  re.I)
 ABSOLUTE = re.compile(rb"https?://([^/?#]*)/?(.*)", re.I)
 DOTS = re.compile(rb"[/\\]\.\.?(?:[/\\]|\Z)")
 EMPTY_LINES = re.compile(rb"(?:\r\n)*+")
@@ -738,7 +739,7 @@ def note_internal_error(settings, where):
 
 
 def printable(text):
-    """Return at most 100 characters of `text`, as a JSON string if it is not plain ASCII words."""
+    """Return at most 100 characters of `text`, as a JSON string if it is no plain ASCII word."""
     return text if PLAIN.fullmatch(text := text[:100]) else json.dumps(text)
 
 
@@ -774,7 +775,7 @@ class Record:
         first = f"{self.first_byte_ms:.2f}ms" if self.first else "-"
         return (f"{self.time} {self.status} {self.method} {self.path} {self.duration_ms:.2f}ms"
                 f" first={first} bytes={self.bytes} stream={'yes' if self.stream else 'no'}"
-                f" model={self.model} backend={self.backend} client={self.client}"
+                f" model={printable(self.model)} backend={self.backend} client={self.client}"
                 f" key={self.key} id={self.request_id} {self.outcome}")
 
 
@@ -1221,24 +1222,28 @@ class Backends:
         """Return the first good Response to a BackendRequest; raises APIError or ClientGone.
 
         What was sent decides, and the class of the failure proves it. A backend that could not be
-        reached has not seen the request: the next one gets it. If one broke, or answered 429 or
-        BUSY, one other gets it, if it may be repeated (after 429, only one that is not left alone).
-        After a time-out none does: the backend may be at work. The last answer stands; without one,
-        the last failure of a backend that was reached; without that, the first one.
+        reached has not seen the request: the next one gets it. One that answered 429 has not taken
+        it: one other gets it that is not left alone. If one broke, or is BUSY, one other gets it if
+        it may be repeated. After a time-out none does: the backend may be at work. The last answer
+        stands; without one, the last failure of a backend that was reached, or else the first.
         """
-        answer, failure, tries_left = None, None, 2 if request.repeatable else 1
+        answer, failure, tries_left = None, None, 2
         try:
             while tries_left and self._choose(request, record.tries, only_free=(
                     answer and answer.head.status == 429)):
                 try:
                     answer = self._try(request, record)
-                    if answer.head.status != 429 and answer.head.status not in BUSY:
+                    if answer.head.status != 429 and not (
+                            request.repeatable and answer.head.status in BUSY):
                         break
                 except Unreachable as error:
                     failure = failure or error
                     continue
                 except (Broken, BackendTimeout) as error:
                     failure = error
+                    if not request.repeatable:
+                        answer = None  # a 429 would say that nobody has taken it
+                        break
                     if isinstance(error, BackendTimeout):
                         break
                 tries_left -= 1
@@ -1713,7 +1718,7 @@ class Handler(BaseHTTPRequestHandler):
     def echo(self, asked):
         """Answer a chat completion request by ourselves."""
         echo, record = Echo(asked, self.record.request_id), self.record
-        record.model, record.stream = printable(echo.model), bool(asked.get("stream"))
+        record.model, record.stream = echo.model[:100], bool(asked.get("stream"))
         if not record.stream:
             record.answer = echo.completion()
             return self.reply(200, record.answer)
@@ -1761,7 +1766,7 @@ class Handler(BaseHTTPRequestHandler):
             model = field and field[1].decode("utf-8", "replace")
         if not isinstance(model, str):
             return None
-        record.model = printable(model)
+        record.model = model[:100]
         return model
 
     def fields_for_backend(self, body):
@@ -1907,7 +1912,13 @@ class Handler(BaseHTTPRequestHandler):
             if self.connection is not self.request:  # of TLS: one time-out serves both directions
                 self.patience = self.settings.client_timeout
                 self.connection.settimeout(self.patience)
-            self.connection.sendall(data)
+                return self.connection.sendall(data)
+            while data:
+                try:
+                    taken = self.connection.send(data)
+                except BlockingIOError:  # Linux wakes us only once a third of its buffer is free
+                    taken = self.connection.send(data, socket.MSG_DONTWAIT)
+                data = data[taken:]
         except OSError:
             raise ClientGone from None
 
@@ -1922,7 +1933,9 @@ class Handler(BaseHTTPRequestHandler):
             head, end, _ = self.buffer.partition(b"\r\n\r\n")
             index = {name.lower(): value for name, value in SALVAGE.findall(head + end[:1])}
             record.request_id = accepted_request_id(index, self.ids)
-            record.method = "HEAD" if head.startswith(b"HEAD ") else "-"  # its reply has no body
+            if line := REQUEST_LINE.match(head):
+                record.method, path = line[1].decode(), line[2].partition(b"?")[0].decode()
+                record.path = path if path.startswith("/") else "-"  # there may be a password in it
             self.cors = cors_fields(index.get(b"origin"), self.settings.cors_origins)
         with suppress(ClientGone):
             if not begun:

@@ -191,7 +191,8 @@ suite() { # suite PART ARGUMENT...: in the background. Six parts of it run at on
 if [ ! -f test_gateway.py ]; then
     problem='there is no test_gateway.py'
 elif ! find_pytest >"$work/said" 2>&1; then
-    problem="pytest is missing and cannot be installed: $(grep -m1 ensurepip "$work/said" || grep . "$work/said" | tail -n 1)"
+    problem=$(grep -m1 ensurepip "$work/said" || grep . "$work/said" | tail -n 1)
+    problem="pytest is missing and cannot be installed: $problem"
 else
     [ -w . ] && options='' || options='-p no:cacheprovider'
     if [ $# -gt 0 ]; then

@@ -43,6 +43,7 @@ HERE = Path(__file__).parent
 SETTLED, gateway.SETTLED = gateway.SETTLED, 1  # here, a request is logged before the next begins
 gateway.log = lambda *lines, patience=None: None  # fixtures and Process see what is logged
 threading.stack_size(gateway.STACK_BYTES)  # as main() does: musl's default is 128 KiB
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's jobs are started to ignore it
 SECONDS = 20  # how long anything may take before a test fails: generous, for slow and busy machines
 CHAT = b'{"model": "m", "messages": [{"role": "user", "content": "Hello, world!"}]}'
 STREAM = CHAT[:-1] + b', "stream": true}'
@@ -903,7 +904,7 @@ MALFORMED = {
         LINE + b"\r\n", LINE + b"A: b\r\n\r\n", b"GET http://t/healthz HTTP/1.1\r\n\r\n",
         *each(GET + b"%b\r\n\r\n", b"Host: t|host: u"),
         *each(LINE + b"Host: %b\r\n\r\n", b"|a b|a/b|a,b|u@h|u:p@h|h:port|h:1:2|h:-1|h:123456|::1"
-              b"|[::1|[zz]|[]|:80|h#|h?|h\\|<h>|\xe9|http://h"),
+              b"|[::1|[zz]|[]|[1]|[.]|%|%zz|:80|h#|h?|h\\|<h>|\xe9|http://h"),
         # Request lines: 2.3 and 3
         *each(b"GET /healthz %b\r\nHost: t\r\n\r\n",
               b"HTTP/1|HTTP/1.|HTTP/1.10|HTTP/1.1.1|HTTP/11|HTTP/a.b|http/1.1|HTTP /1.1|HTTP/ 1.1"
@@ -975,10 +976,16 @@ def test_a_length_may_have_zeros_before_it(echo):
         assert client.send(data + HEALTH).reply().status == 200 == client.reply().status
 
 
-def test_of_a_head_that_is_not_understood_the_id_and_the_method_count_as_ever(echo):
+def test_of_a_head_that_is_not_understood_the_id_and_its_first_line_count_as_ever(echo, log):
     with Client(echo) as client:
         reply = client.send(LINE + b"Request-Id: b\r\nX-Request-ID: a\r\n\r\n").reply()
         assert (reply.status, reply.one("x-request-id")) == (400, "a")
+    for target, path in ((b"/v1/x?key=s3cret", "/v1/x"), (b"http://u:s3cret@h/x", "-")):
+        with Client(echo) as client:
+            client.send(b"PUT %b HTTP/1.1\r\nX-Request-ID: b\r\n\r\n" % target)
+            assert client.reply().status == 400
+        eventually(lambda: f" 400 PUT {path} " in "".join(log))
+    assert "s3cret" not in "".join(log)
     with Client(echo) as client:
         client.send(LINE.replace(b"GET", b"HEAD") + b"A: b\r\n\r\n")
         assert client.reply("HEAD").status == 400 and client.is_closed()
@@ -1305,6 +1312,7 @@ def test_no_input_can_break_a_line_of_the_log(form):
     if form == "json":
         records = {record["request_id"]: record for record in map(json.loads, lines)}
         assert statuses == [records[reply.one("x-request-id")]["status"] for reply in replies]
+        assert records[replies[0].one("x-request-id")]["model"] == odd
     else:
         assert sorted(int(line.split()[1]) for line in lines) == sorted(statuses)
 
@@ -2595,6 +2603,29 @@ def test_a_client_that_does_not_take_its_stream_delays_no_other_and_loses_nothin
             assert stalled.reply().body == b"".join(many) + DONE
 
 
+def test_a_client_that_reads_its_stream_slowly_gets_it_whole():
+    """Linux has us wait until a third of the connection's buffer is free, however long that takes;
+    CLIENT_TIMEOUT is for clients that take nothing."""
+    event, sent = b"data: %b\n\n" % (b"x" * 10_000), []
+    def script(played, number):
+        played.request()
+        played.send(STREAM_HEAD)
+        for _ in range(1_000):
+            played.send(chunked(event, end=False))
+            sent.append(time.monotonic())
+        played.send(chunked(DONE))
+    with forward(script, client_timeout=0.5) as (port, _), Client(port) as client:
+        client.send(request(body=STREAM))
+        eventually(lambda: sent and time.monotonic() > sent[-1] + 0.2)  # all buffers are full
+        assert len(sent) < 1_000
+        slow = time.monotonic() + 2
+        while time.monotonic() < slow:  # a quarter of a megabyte a second
+            client.buffer += client.socket.recv(25_000)
+            threading.Event().wait(0.1)
+        reply = client.reply()
+        assert (reply.body, reply.cut) == (event * 1_000 + DONE, False)
+
+
 def test_what_came_before_a_broken_chunk_is_passed_on():
     stream = chunked(b"data: 1\n\n", b"data: 2\n\n", end=False) + b"ZZ\r\n"
     with forward(answers(STREAM_HEAD + stream)) as (port, _):
@@ -3457,6 +3488,17 @@ def test_a_429_is_passed_on_unless_another_backend_is_free_to_take_it(clock, log
         assert chats(port, 3) == {429} and counts([one, two]) == [3, 0]
 
 
+@pytest.mark.parametrize(("second", "expected"), [
+    (response(), 200), (response(b"", "503 Busy"), 503), (b"", 502)])
+def test_after_a_429_any_request_goes_to_another_backend_for_it_has_not_been_taken(
+        second, expected):
+    """Even one that may not be sent twice; and what that one makes of it is the answer."""
+    with several(plays(response(b"", "429 Slow Down")), plays(once=second), plays()) as (
+            port, *backends):
+        assert ask(port, "POST", FILES, b"x").status == expected
+        assert counts(backends) == [1, 1, 0]
+
+
 def test_a_request_goes_to_none_that_lacks_its_model_while_one_that_lists_it_is_down():
     """Its 404 would call an outage the client's mistake."""
     with several(plays(REFUSED[503], models("m")), plays(listed=models("other")),
@@ -3994,7 +4036,7 @@ def test_a_bad_key_or_certificate_is_refused_at_start_in_one_line(names, value, 
 
 
 @pytest.mark.parametrize(("host", "environ", "starts"), [
-    ("0.0.0.0", {}, False), ("::", {}, False), ("0", {}, False), ("", {}, False),
+    ("0.0.0.0", {}, False), ("::", {}, False), ("0", {}, False),
     ("0.0.0.0", {"ALLOW_OPEN": "0"}, False), ("127.0.0.1", {"LISTEN_FDS": "1"}, False),
     ("0.0.0.0", {"BACKEND_API_KEY": "", "BACKEND_API_KEY_FILE": "key"}, False),
     ("0.0.0.0", {"ALLOW_OPEN": "1"}, True), ("0.0.0.0", {"API_KEYS": "s3cret-g"}, True),
