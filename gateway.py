@@ -382,7 +382,7 @@ CHUNK = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})(?:[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(
                    % (TOKEN, TOKEN, QUOTED))
 TRAILERS = re.compile(rb"(?:%b:%b\r\n)*+\r\n" % (TOKEN, VALUE))
 NEVER_IN_A_HEAD = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n|\Z)|(?<!\r)\n")
-HOST = re.compile(rb"(?:(?:[\w.~-]|%[0-9A-F]{2})+|\[[0-9A-F.]*:[0-9A-F.:]+\])(?::[0-9]{0,5})?",
+HOST = re.compile(rb"(?:(?:[\w.~-]++|%[0-9A-F]{2})+|\[[0-9A-F.]*:[0-9A-F.:]+\])(?::[0-9]{0,5})?",
                   re.I)
 ABSOLUTE = re.compile(rb"https?://([^/?#]*)/?(.*)", re.I)
 DOTS = re.compile(rb"[/\\]\.\.?(?:[/\\]|\Z)")
@@ -587,7 +587,7 @@ class Body:
         ended = b"\r\n\r\n" in self.rest if self.left < 0 else b"\r\n" in self.rest[2:]
         self.malformed = not self.done and (
             ended or len(self.rest) > MAX_CHUNK_LINE or bool(NEVER_IN_A_HEAD.search(self.rest))
-            or self.left == 0 and not b"\r\n".startswith(self.rest[:2]))
+            or self.left == 0 and self.rest[:1] not in b"\r")
         return b"".join(pieces)
 
 
@@ -665,7 +665,7 @@ BY_BACKEND = {"backend": (), "outcome": (  # the backends are those of BACKEND_U
     "backend_timeout", "cancelled")}
 FAMILIES = {  # name: (help, labels and their values, upper bounds of a histogram's buckets)
     "gen_ai_server_request_duration_seconds": (
-        "Duration of inference requests.", BY_OPERATION, LATENCY),
+        "Duration of inference requests that were not refused.", BY_OPERATION, LATENCY),
     "gen_ai_server_time_to_first_token_seconds": (
         "Time to the first event of streamed answers.", BY_OPERATION, FIRST_TOKEN),
     "gen_ai_client_token_usage": (
@@ -768,6 +768,7 @@ class Record:
         """Return the line for the log."""
         self.first_byte_ms = self.first and (self.first - self.began) * 1000
         self.method, self.path = self.method[:32], self.path[:256]  # one write to a pipe: 4,096
+        self.model = self.model[:100].encode(errors="replace").decode()  # jq takes no surrogates
         if form == "json":
             fields = ((name, getattr(self, name)) for name in self.LOGGED)
             return json.dumps({name: round(value, 2) if isinstance(value, float) else value
@@ -809,7 +810,8 @@ class Metrics:
     def count(self, record):
         """Count a request that has ended. Hold the lock."""
         add, tries = self.add, record.tries
-        operation = OPERATIONS.get(record.path) if record.method == "POST" else None
+        operation = OPERATIONS.get(record.path) if (
+            record.method == "POST" and record.result != "refused") else None
         add("gateway_requests_total", 1, STATUSES.get(record.status, "other"), record.result)
         if record.result == "client_closed":
             add("gateway_client_disconnects_total", 1)
@@ -919,10 +921,10 @@ class Ledger:
 # ("links") alive. So no redirect is followed, no field invented, no proxy used unasked. A link goes
 # back to the pool only at a message boundary: request sent whole, body read to its declared end,
 # nothing behind it, neither side said close; and it is used again only if nothing has come since. A
-# request goes out twice only if no backend can have seen it, or if repeating it changes nothing: to
-# the same one if a reused link ended before the first byte of an answer, and to one other if the
-# first one failed. So one that crashes what it reaches takes down two backends at most. A backend
-# that fails is left alone for a time that doubles; then a probe, or one request, looks again.
+# request goes out twice only if no backend has taken it, or if repeating it changes nothing: to the
+# same one if a reused link ended before the first byte of an answer, and to one other if the first
+# one failed. So one that crashes what it reaches takes down two backends at most. A backend that
+# fails is left alone for a time that doubles; then a probe, or one request, looks again.
 
 IDLE_SECONDS = 4        # uvicorn, and so vLLM, closes an idle connection after 5
 RECEIVE_BYTES = 65_536  # one read; larger ones cost more to allocate than they save in calls
@@ -1225,7 +1227,8 @@ class Backends:
         reached has not seen the request: the next one gets it. One that answered 429 has not taken
         it: one other gets it that is not left alone. If one broke, or is BUSY, one other gets it if
         it may be repeated. After a time-out none does: the backend may be at work. The last answer
-        stands; without one, the last failure of a backend that was reached, or else the first.
+        stands (no 429 behind which what may not be repeated broke); without one, the last failure
+        of a backend that was reached, or else the first.
         """
         answer, failure, tries_left = None, None, 2
         try:
@@ -1718,7 +1721,7 @@ class Handler(BaseHTTPRequestHandler):
     def echo(self, asked):
         """Answer a chat completion request by ourselves."""
         echo, record = Echo(asked, self.record.request_id), self.record
-        record.model, record.stream = echo.model[:100], bool(asked.get("stream"))
+        record.model, record.stream = echo.model, bool(asked.get("stream"))
         if not record.stream:
             record.answer = echo.completion()
             return self.reply(200, record.answer)
@@ -1766,7 +1769,7 @@ class Handler(BaseHTTPRequestHandler):
             model = field and field[1].decode("utf-8", "replace")
         if not isinstance(model, str):
             return None
-        record.model = model[:100]
+        record.model = model
         return model
 
     def fields_for_backend(self, body):
@@ -1909,18 +1912,28 @@ class Handler(BaseHTTPRequestHandler):
                     data = data[self.connection.send(data, socket.MSG_DONTWAIT):]
                 self.unsent = data
                 return
-            if self.connection is not self.request:  # of TLS: one time-out serves both directions
-                self.patience = self.settings.client_timeout
-                self.connection.settimeout(self.patience)
-                return self.connection.sendall(data)
+            data = memoryview(data)
             while data:
-                try:
-                    taken = self.connection.send(data)
-                except BlockingIOError:  # Linux wakes us only once a third of its buffer is free
-                    taken = self.connection.send(data, socket.MSG_DONTWAIT)
-                data = data[taken:]
+                data = data[self.send_some(data):]
         except OSError:
             raise ClientGone from None
+
+    def send_some(self, data):
+        """Send what the client takes; return how many bytes; raises OSError if it takes none."""
+        # When its buffer has been full, Linux waits until a third is free: who reads slowly seems
+        # to read nothing. So the last word has an attempt that does not wait.
+        if self.connection is self.request:
+            try:
+                return self.connection.send(data)
+            except BlockingIOError:
+                return self.connection.send(data, socket.MSG_DONTWAIT)
+        self.patience = 0  # TLS has one time-out for both directions, and waits before it sends
+        for limit in (0, self.settings.client_timeout):
+            with suppress(ssl.SSLWantWriteError, TimeoutError):
+                self.connection.settimeout(limit)
+                return self.connection.send(data)
+        self.connection.settimeout(0)
+        return self.connection.send(data)
 
     def fail(self, error):
         """Answer with an error: as JSON, in a begun event stream as an event, else by a cut."""
@@ -1933,6 +1946,7 @@ class Handler(BaseHTTPRequestHandler):
             head, end, _ = self.buffer.partition(b"\r\n\r\n")
             index = {name.lower(): value for name, value in SALVAGE.findall(head + end[:1])}
             record.request_id = accepted_request_id(index, self.ids)
+            record.method = "HEAD" if head.startswith(b"HEAD ") else "-"  # its reply has no body
             if line := REQUEST_LINE.match(head):
                 record.method, path = line[1].decode(), line[2].partition(b"?")[0].decode()
                 record.path = path if path.startswith("/") else "-"  # there may be a password in it
@@ -2385,7 +2399,7 @@ def work(server):
         note(server.settings, DRAINING)
     if not server.drain():
         note(server.settings,
-             f"SHUTDOWN_TIMEOUT is over; connections that were cut off: {len(server.connections)}")
+             f"SHUTDOWN_TIMEOUT is over; connections that were open: {len(server.connections)}")
     server.ledger.settle(NOTE_SECONDS)
     return 0
 

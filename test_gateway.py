@@ -948,7 +948,8 @@ MALFORMED = {
 @pytest.mark.parametrize("chunks", (
     b"5\nhello\n0\n\n", b"5\r\nhello\n", b"5\r\nhello\r\n0\n\n", b"5\r\nhello\r\n0\r\n\n",
     b"5\r\nhello\r\n0\r\nA: b\n\n", b"5\r\nhello\r\n0\r\n\0", b"5\r\nhelloX", b"5\r\nhello\rX"))
-def test_a_body_that_breaks_the_grammar_is_refused_at_once_though_nothing_follows(echo, chunks):
+def test_chunks_that_do_not_end_as_they_must_are_refused_at_once_though_nothing_follows(
+        echo, chunks):
     """Who ends lines with LF, say, waits for an answer. From a backend it is a cut."""
     with Client(echo) as client:
         reply = client.send(CHUNKS + chunks).reply()
@@ -988,6 +989,9 @@ def test_of_a_head_that_is_not_understood_the_id_and_its_first_line_count_as_eve
     assert "s3cret" not in "".join(log)
     with Client(echo) as client:
         client.send(LINE.replace(b"GET", b"HEAD") + b"A: b\r\n\r\n")
+        assert client.reply("HEAD").status == 400 and client.is_closed()
+    with Client(echo) as client:  # nor does one have a body whose first line is none
+        client.send(b"HEAD  /x HTTP/1.1\r\nHost: t\r\n\r\n")
         assert client.reply("HEAD").status == 400 and client.is_closed()
     with Client(echo) as client:  # and an id that may be cut off is none
         client.send(LINE + b"X-Request-ID: a").socket.shutdown(socket.SHUT_WR)
@@ -1312,7 +1316,8 @@ def test_no_input_can_break_a_line_of_the_log(form):
     if form == "json":
         records = {record["request_id"]: record for record in map(json.loads, lines)}
         assert statuses == [records[reply.one("x-request-id")]["status"] for reply in replies]
-        assert records[replies[0].one("x-request-id")]["model"] == odd
+        assert records[replies[0].one("x-request-id")]["model"] == odd.replace(
+            "\ud800", "?")  # which some parsers of JSON do not take
     else:
         assert sorted(int(line.split()[1]) for line in lines) == sorted(statuses)
 
@@ -2603,7 +2608,8 @@ def test_a_client_that_does_not_take_its_stream_delays_no_other_and_loses_nothin
             assert stalled.reply().body == b"".join(many) + DONE
 
 
-def test_a_client_that_reads_its_stream_slowly_gets_it_whole():
+@pytest.mark.parametrize("tls", (False, True))
+def test_a_client_that_reads_its_stream_slowly_gets_it_whole(by_tls, tls):
     """Linux has us wait until a third of the connection's buffer is free, however long that takes;
     CLIENT_TIMEOUT is for clients that take nothing."""
     event, sent = b"data: %b\n\n" % (b"x" * 10_000), []
@@ -2614,13 +2620,14 @@ def test_a_client_that_reads_its_stream_slowly_gets_it_whole():
             played.send(chunked(event, end=False))
             sent.append(time.monotonic())
         played.send(chunked(DONE))
-    with forward(script, client_timeout=0.5) as (port, _), Client(port) as client:
+    with forward(script, client_timeout=2, **by_tls if tls else {}) as (port, _), (
+            TLSClient if tls else Client)(port) as client:
         client.send(request(body=STREAM))
         eventually(lambda: sent and time.monotonic() > sent[-1] + 0.2)  # all buffers are full
         assert len(sent) < 1_000
-        slow = time.monotonic() + 2
-        while time.monotonic() < slow:  # a quarter of a megabyte a second
-            client.buffer += client.socket.recv(25_000)
+        slow = time.monotonic() + 4
+        while time.monotonic() < slow:  # 80 kB a second
+            client.buffer += client.socket.recv(8_000)
             threading.Event().wait(0.1)
         reply = client.reply()
         assert (reply.body, reply.cut) == (event * 1_000 + DONE, False)
@@ -4787,7 +4794,8 @@ TRAFFIC = {  # (what the backend does, what is asked; what moves: status, outcom
     "health": (None, HEALTH, "200", "ok", None, None),
     "unknown": (None, request("GET", "/"), "404", "refused", None, None),
     "malformed": (None, b"nonsense\r\n\r\n", "400", "refused", None, None),
-    "no JSON": (None, request(body=b"{"), "400", "refused", None, "chat"),
+    "headless": (None, TO_CHAT.replace(b"Host", b"Most"), "400", "refused", None, None),
+    "no JSON": (None, request(body=b"{"), "400", "refused", None, None),
     "garbage": (closes(b"\0\r\n\r\n"), TO_FILES, "502", "failed", "backend_error", None),
     "silence": (silent, TO_CHAT, "504", "failed", "backend_timeout", "chat"),
     "cut": (closes(response(b"{}    ")[:-3]), TO_CHAT, "200", "cut", "2xx", "chat"),
