@@ -1078,8 +1078,11 @@ class Pool(urllib.request.BaseHandler):
         sent = b"%b HTTP/1.1\r\n%b%b\r\n" % (
             f"{request.method} {backend.path}{request.target}".encode(), backend.host_line,
             request.fields)
-        try:  # to copy a large body would cost more than another call
-            for part in (sent + body,) if len(body) <= RECEIVE_BYTES else (sent, body):
+        # To copy a large body would cost more than another call; by TLS, one call has one time-out.
+        step = RECEIVE_BYTES if backend.scheme == "https" else len(body)
+        try:
+            for part in (sent + body,) if len(body) <= RECEIVE_BYTES else itertools.chain(
+                    (sent,), (body[at:at + step] for at in range(0, len(body), step))):
                 link.sock.sendall(part)
         except OSError as error:  # an answer may be there already, such as a 413
             link.persistent = False
@@ -1648,20 +1651,20 @@ class Handler(BaseHTTPRequestHandler):
         if expected == b"100-continue" and self.minor and not data and length <= limit:
             # Not before (RFC 9110, 10.1.1): by now the request is one to be answered.
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        began, body, pieces, received = time.monotonic(), Body(length), [], 0
+        began, body, received = time.monotonic(), Body(length), bytearray()
         while True:
-            pieces.append(body.feed(data))
-            received += len(pieces[-1])
-            if received + max(body.left, 0) > limit:  # also of what is announced
+            received += body.feed(data)
+            if len(received) + max(body.left, 0) > limit:  # also of what is announced
                 raise APIError(413, "request_too_large", f"a body may have {limit} bytes"
                                " (MAX_BODY_BYTES); send less")
             if body.malformed:
                 raise Malformed("the body's chunks are not of the form of RFC 9112, section 7.1")
             if body.done:
                 self.buffer, self.owed = body.rest, 0
-                return b"".join(pieces)
-            # It moves with what has come: a slow line is served, a stalled one is not.
-            data = self.receive(began + self.settings.client_timeout + received / MIN_BODY_RATE)
+                return bytes(received)
+            # A slow line is served; one that stalls is not, however fast it was.
+            slowest = min(began + len(received) / MIN_BODY_RATE, time.monotonic())
+            data = self.receive(slowest + self.settings.client_timeout)
             if not data:
                 raise Malformed("the body of the request was cut off")
 
@@ -1927,7 +1930,8 @@ class Handler(BaseHTTPRequestHandler):
                 return self.connection.send(data)
             except BlockingIOError:
                 return self.connection.send(data, socket.MSG_DONTWAIT)
-        self.patience = 0  # TLS has one time-out for both directions, and waits before it sends
+        # TLS has one time-out for both directions and all of a call, and waits before it sends.
+        self.patience, data = 0, data[:RECEIVE_BYTES]
         for limit in (0, self.settings.client_timeout):
             with suppress(ssl.SSLWantWriteError, TimeoutError):
                 self.connection.settimeout(limit)

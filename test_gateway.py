@@ -1223,6 +1223,12 @@ def test_a_slow_but_steady_body_outlives_the_timeout():
         assert client.reply().status == 200
 
 
+def test_a_body_that_stalls_is_given_up_however_fast_it_was():
+    with serve(client_timeout=1) as server, Client(server.port) as client:
+        reply = client.send(request(body=b" " * 50_000)[:-1]).reply()
+        assert (reply.status, reply.error()["code"]) == (408, "request_timeout")
+
+
 def test_an_idle_connection_is_closed_without_a_word(log):
     with (serve(client_timeout=2) as server, Client(server.port) as new,
           Client(server.port) as used):
@@ -4472,6 +4478,36 @@ def test_a_tls_client_that_leaves_cancels_the_backend(by_tls, capfd, pieces, lea
         client.vanish() if leave == "RST" else client.socket.close()
         eventually(lambda: backend.ended)
         wait_for_log(capfd, " 499 .*client_closed")
+
+
+def take(sock, size):
+    """Read so many bytes, four megabytes a second."""
+    data = bytearray()
+    while len(data) < size:
+        some = sock.recv(min(size - len(data), 400_000))
+        assert some, f"ended after {len(data)} bytes"
+        data += some
+        threading.Event().wait(len(some) / 4e6)
+    return bytes(data)
+
+
+def test_a_big_body_may_take_longer_by_tls_than_its_reader_may_be_silent(by_tls, pem):
+    """Of a TLS connection, the time-out is for all that is given to it at once."""
+    said = "x" * 16_000_000
+    def script(played, number):
+        while b"\r\n\r\n" not in played.buffer:
+            played.buffer += played.socket.recv(65536)
+        head, _, begun = played.buffer.partition(b"\r\n\r\n")
+        length = int(re.search(rb"(?i)content-length: *([0-9]+)", head)[1])
+        assert begun + take(played.socket, length - len(begun)) == chat(said)
+        played.send(response())
+    with PlayedBackend(tls(script, pem)) as backend, serve(
+            backend_url=f"https://localhost:{backend.port}", backend_timeout=2) as server:
+        assert ask(server.port, body=chat(said)).status == 200
+    with serve(client_timeout=2, **by_tls) as server, TLSClient(server.port) as client:
+        head = client.send(request(body=chat(said))).head()
+        rest = take(client.socket, int(head.one("content-length")) - len(client.buffer))
+        assert json.loads(client.buffer + rest)["choices"][0]["message"]["content"].endswith(said)
 
 
 def test_a_tls_client_that_reads_nothing_is_given_up(by_tls, capfd):
