@@ -1249,8 +1249,7 @@ class Backends:
                     failure = error
                     if not request.repeatable:
                         answer = None  # a 429 would say that nobody has taken it
-                        break
-                    if isinstance(error, BackendTimeout):
+                    if not request.repeatable or isinstance(error, BackendTimeout):
                         break
                 tries_left -= 1
             if request.cancelled:  # perhaps when it had no link, between two answers
