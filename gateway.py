@@ -1055,8 +1055,9 @@ class Pool(urllib.request.BaseHandler):
                                " system has no room for one more connection; try again, or raise"
                                " its limits", fields=b"Retry-After: 1\r\n") from None
             why = ascii(str(error))[1:-1]  # a proxy may have chosen its words
-            raise Unreachable(f"{backend.scheme}://{backend.host} cannot be reached"
-                              f"{' by its proxy' if backend.proxy else ''}: {why}") from None
+            by = " by its proxy (which must allow CONNECT; else NO_PROXY)" if backend.proxy else ""
+            raise Unreachable(
+                f"{backend.scheme}://{backend.host} cannot be reached{by}: {why}") from None
         connection.sock.settimeout(None)
         if backend.scheme == "https":
             connection.sock.suppress_ragged_eofs = False  # an end without its alert is a cut (9.8)

@@ -1682,7 +1682,7 @@ def test_a_proxy_that_refuses_is_502_backend_unreachable_and_breaks_no_line_of_t
         with serve(backend_url="https://backend.test") as server:
             reply = ask(server.port, body=CHAT)
             assert (reply.status, reply.error()["code"]) == (502, "backend_unreachable")
-            assert "cannot be reached by its proxy" in reply.error()["message"]
+            assert "its proxy (which must allow CONNECT" in reply.error()["message"]
     assert any("\\x1b[31mNo" in line for line in log)
     assert all(re.fullmatch("[ -~]+", line) for line in log)
 
