@@ -107,10 +107,11 @@ def backend_url(text):
     """Parse a backend's address to its base, to which a client's path, /v1/..., is appended."""
     match = URL.fullmatch(text)
     with suppress(ValueError):  # of a port above 65,535, or an address in brackets that is none
-        if match and urllib.parse.urlsplit(text).port != 0:
-            return match[1] + (match[2] or "").rstrip("/").removesuffix("/v1").rstrip("/")
+        path = match and (match[2] or "").rstrip("/")
+        if match and urllib.parse.urlsplit(text).port != 0 and not path.endswith("/completions"):
+            return match[1] + path.removesuffix("/v1").rstrip("/")
     raise refused("it must be like http://127.0.0.1:8000 or https://host/v1, without user,"
-                  " password, query or fragment; separate several by commas")
+                  " password, /chat/completions, query or fragment; separate several by commas")
 
 
 def named_keys(text, between=","):
@@ -150,16 +151,16 @@ KNOBS = (  # name, parser, default, what it is
      "requests of a worker at the backends at once; a further one waits; 0 for no limit"),
     ("queue_timeout", from_0, "0", "seconds a request may wait for its turn, before it gets 429"),
     ("client_timeout", seconds, "60",
-     "seconds for a head, for a body to go on, for a reply to be taken, for the next request"),
+     "seconds a client may need for a head, and be silent in a body, a reply, between requests"),
     ("connect_timeout", seconds, "5", "seconds to connect to a backend, and for a probe's answer"),
     ("backend_timeout", seconds, "600",
      "seconds a backend may be silent, before its first byte and between bytes"),
     ("probe_interval", from_0, "10", "seconds from one look at /v1/models to the next; 0: none"),
-    ("shutdown_timeout", from_0, "30", "seconds that requests in flight have left after SIGTERM"),
-    ("drain_delay", from_0, "0", "seconds before that, for load balancers to see /readyz at 503"),
+    ("drain_delay", from_0, "0", "seconds after SIGTERM in which /readyz says 503 and all goes on"),
+    ("shutdown_timeout", from_0, "30", "seconds that requests in flight have left after that"),
     ("workers", workers, "1", "processes that serve; auto is one for each processor"),
     ("cpu_affinity", switch, "1",
-     "1 keeps each worker on one processor; 0 does not, where other programs are bound to one"),
+     "1 keeps each worker on one processor; take 0 if other programs are bound to that"),
     ("tls_cert_file", str, "", "certificate chain in PEM, to serve https; read again on SIGHUP"),
     ("tls_key_file", str, "", "private key of that certificate"),
     ("cors_origins", listed(origin), "",
@@ -190,8 +191,8 @@ def read_settings(argv, environ):
         flag = error.argument_name.rpartition("/")[2]  # -h/--help
         parser.error(f"{flag[2:].replace('-', '_').upper()} ({flag}): {error.message}")
     if unknown:  # all but the name of a flag may be a secret
-        name = re.match("(--[^=]*)?", unknown[0])[0] or "..."
-        parser.error(f"unknown argument {name!a}; all are flags like --port=8080, see --help")
+        name = ascii(re.match("(--[^=]*)?", unknown[0])[0]).replace("''", "without --")
+        parser.error(f"unknown argument {name}; all are flags like --port=8080, see --help")
     settings.listen_fd = 3 if environ.get("LISTEN_PID") == str(os.getpid()) else None
     try:
         settings.credentials = keys, backend_key, _ = read_credentials(settings)
@@ -246,8 +247,8 @@ def make_tls(settings):
     try:
         context.load_cert_chain(settings.tls_cert_file, settings.tls_key_file, password="")
     except (OSError, ValueError) as error:
-        raise ValueError("TLS_CERT_FILE and TLS_KEY_FILE must name a certificate in PEM and its"
-                         f" key, without a passphrase: {error}") from None
+        raise ValueError("TLS_CERT_FILE and TLS_KEY_FILE must both be set, to a certificate in"
+                         f" PEM and its key, without a passphrase: {error}") from None
     return context
 
 
@@ -1703,8 +1704,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.forward()
         methods = METHODS if forwarded else self.server.paths.get(path)
         if not methods:
-            raise APIError(404, "unknown_url", f"nothing is at {printable(path)}; the base URL is"
-                           " http://HOST:PORT/v1, in echo mode for chat/completions and models")
+            here = "the base URL is http://HOST:PORT/v1" if backends else (
+                "echo mode has /v1/chat/completions and /v1/models")
+            raise APIError(404, "unknown_url", f"nothing is at {printable(path)}; {here}")
         allow = f"Allow: {', '.join(methods)}, OPTIONS\r\n".encode()
         if method == "OPTIONS":
             self.reply(204, b"", allow)

@@ -244,7 +244,8 @@ def main():
     try:
         server = Server((asked.host, asked.port), Handler)
     except (OSError, OverflowError) as problem:
-        sys.exit(f"{parser.prog}: cannot listen on {asked.host}:{asked.port}: {problem}")
+        sys.exit(f"{parser.prog}: cannot listen on {asked.host}:{asked.port}: {problem};"
+                 " set MOCK_PORT")
     server.models = [name.strip() for name in asked.model.split(",")]
     server.misbehaviour = asked.misbehave
     for number in (signal.SIGINT, signal.SIGTERM):  # shells start jobs with SIGINT ignored
