@@ -356,8 +356,8 @@ MAX_REMEMBERED = 4_096   # bytes of a head that is remembered: strangers could f
 USAGE_BYTES = 4_096      # of an answer's beginning, and of its end: its usage is in one of them
 CHUNKED, UNTIL_CLOSE = -1, 1 << 62  # lengths of a body that are not known beforehand
 
-# A writing request always tells its length; what another one has as its body, some servers leave
-# unread, and take it for the next request (11.2).
+# A writing request always tells its length; what another one has as its body, or one that they
+# refuse, some servers leave unread, and take it for the next request (11.2).
 READING, WRITING = ("GET", "HEAD"), ("POST", "PUT", "PATCH")
 
 # Fields of one connection (RFC 9110, 7.6.1), and of a proxy (11.7).
@@ -366,7 +366,8 @@ HOP_BY_HOP = frozenset((
     b"upgrade", b"proxy-authenticate", b"proxy-authentication-info", b"proxy-authorization"))
 NOT_FORWARDED = HOP_BY_HOP | {
     b"host", b"content-length", b"expect", b"x-request-id", b"x-forwarded-for",
-    b"x-forwarded-proto", b"x-forwarded-host"}
+    b"x-forwarded-proto", b"x-forwarded-host",
+    b"script-name", b"path-info"}  # WSGI's: gunicorn takes them for the path
 NOT_RETURNED = HOP_BY_HOP | {b"content-length", b"x-request-id", b"x-backend-request-id"}
 OF_KEYS = {b"authorization", b"x-api-key", b"api-key"}  # Anthropic's and Azure's SDKs send these
 CORS_FIELDS = {b"access-control-allow-origin", b"access-control-allow-credentials",
@@ -386,7 +387,7 @@ NEVER_IN_A_HEAD = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n|\Z)|(?<
 HOST = re.compile(rb"(?:(?:[\w.~-]++|%[0-9A-F]{2})+|\[[0-9A-F.]*:[0-9A-F.:]+\])(?::[0-9]{0,5})?",
                   re.I)
 ABSOLUTE = re.compile(rb"https?://([^/?#]*)/?(.*)", re.I)
-DOTS = re.compile(rb"[/\\]\.\.?(?:[/\\]|\Z)")
+DOTS = re.compile(rb"[/\\]\.\.?(?:[/\\;]|\Z)")  # Tomcat drops what follows a semicolon
 EMPTY_LINES = re.compile(rb"(?:\r\n)*+")
 LAST_EVENT = re.compile(rb"[\r\n]data: ?\[DONE\](?: *|.*[\r\n])\Z", re.S)  # or lines behind it
 EVENT_ENDS = b"\n\n", b"\n\r\n", b"\r\r"
@@ -455,9 +456,9 @@ def parse_head(head, drop, first_line, form):
     options = {option.strip(b" \t") for option in index[b"connection"].lower().split(b",")} if (
         b"connection" in index) else ()
     persistent = b"close" not in options and (match["minor"] != b"0" or b"keep-alive" in options)
-    return match, index, persistent, b"".join([
+    return match, index, persistent, b"".join([  # to CGI and WSGI, _ and - are the same
         line + b"\r\n" for line, (name, _) in zip(lines, fields)
-        if name not in drop and name not in options])
+        if name.replace(b"_", b"-") not in drop and name not in options])
 
 
 def parse_but_length(parse, head, *more):
@@ -520,9 +521,7 @@ def parse_known_response(head, drop, to_head):
     if status == 101:
         raise Malformed("it switches protocols, which nobody asked for")
     if to_head or status in (204, 304):
-        # Some send the body that is only announced here: it must not be the next response.
-        length, owed = 0, index.get(b"content-length", b"0") != b"0"
-        persistent = persistent and not owed and b"transfer-encoding" not in index
+        length, persistent = 0, False  # some send a body all the same: it would be the next one's
     else:
         length = body_length(index, int(match["minor"]), UNTIL_CLOSE)
         if UNTIL_CLOSE > length >= 10 ** 15:
@@ -1095,7 +1094,7 @@ class Pool(urllib.request.BaseHandler):
             head, length, data = self._receive_head(link, request.method == "HEAD")
         except Malformed as error:
             raise Broken(f"broke HTTP: {error.message.removesuffix('; send less')}") from None
-        link.persistent = link.persistent and head.persistent
+        link.persistent = link.persistent and head.persistent and not (body and head.status >= 400)
         if not 0 <= length <= len(data):
             return Response(backend, head, length, None, self._pieces(request, link, length, data))
         self.release(request, length == len(data))
@@ -1490,6 +1489,9 @@ LINGER_SECONDS = 5         # for a refused client to stop sending (as in nginx),
 
 METHODS = (*READING, *WRITING, "DELETE")
 PARSED = frozenset(("/v1/chat/completions", "/v1/completions"))  # POSTs here must be JSON objects
+LAST_EVENTS = dict.fromkeys(PARSED, LAST_EVENT) | {
+    MESSAGES: re.compile(rb'"type" ?: ?"(?:message_stop|error)"'), "/v1/responses":
+    re.compile(rb'"type" ?: ?"(?:response\.(?:completed|incomplete|failed)|error)"')}
 OWN_PATHS = {"/healthz": READING, "/readyz": READING, "/metrics": READING, "*": METHODS}
 ECHO_PATHS = {"/v1/chat/completions": ("POST",), "/v1/models": READING, "/v1/models/echo": READING}
 ECHO_MODEL = b'{"id": "echo", "object": "model", "created": 0, "owned_by": "gateway"}'
@@ -1848,10 +1850,11 @@ class Handler(BaseHTTPRequestHandler):
 
         Yields True behind each; the next one has to be waited for. Of an event stream, what is
         behind the last whole event is held back: if the backend dies, an error event can follow.
-        An `unproven` one is cut if it ends within an event, or without [DONE] where there is one.
+        An `unproven` one is cut if it ends within an event, or without its path's last one.
         """
         tail, self.at_boundary = b"", events
         answer = bytearray(b"\n")  # LAST_EVENT wants the end of a line before it
+        wanted = unproven and self.record.status == 200 and LAST_EVENTS.get(self.record.path)
         for piece in pieces:
             if events:
                 piece = tail + piece
@@ -1860,6 +1863,8 @@ class Handler(BaseHTTPRequestHandler):
                 if not self.at_boundary:
                     end = len(piece)  # too long to be held back
                 piece, tail = piece[:end], piece[end:]
+            if wanted and wanted.search(piece):
+                wanted = None
             if piece:
                 if self.record.first_piece is None:
                     self.record.first_piece = time.monotonic()
@@ -1870,9 +1875,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.send(b"")  # nothing has come with the head of the response
             yield True
         answer += tail
-        if unproven and not LAST_EVENT.search(answer[-USAGE_BYTES:]) and (
-                tail.strip(b"\r\n") or not (self.at_boundary or answer.endswith(EVENT_ENDS))
-                or self.record.path in PARSED and self.record.status == 200):
+        if unproven and not LAST_EVENT.search(answer[-USAGE_BYTES:]) and (wanted or (
+                tail.strip(b"\r\n") or not (self.at_boundary or answer.endswith(EVENT_ENDS)))):
             raise Broken("closed the connection before the end of its event stream")
         if tail:
             self.write_piece(tail)
