@@ -1213,7 +1213,7 @@ def model_cards(body):
 
 
 class Backends:
-    """Where requests are forwarded to: who is up, who serves what, and who is next."""
+    """Where requests are forwarded to, nowhere in echo mode: who is up, serves what, is next."""
 
     def __init__(self, settings):
         self.settings = settings
@@ -1492,8 +1492,9 @@ PARSED = frozenset(("/v1/chat/completions", "/v1/completions"))  # POSTs here mu
 LAST_EVENTS = dict.fromkeys(PARSED, LAST_EVENT) | {
     MESSAGES: re.compile(rb'"type" ?: ?"(?:message_stop|error)"'), "/v1/responses":
     re.compile(rb'"type" ?: ?"(?:response\.(?:completed|incomplete|failed)|error)"')}
-OWN_PATHS = {"/healthz": READING, "/readyz": READING, "/metrics": READING, "*": METHODS}
-ECHO_PATHS = {"/v1/chat/completions": ("POST",), "/v1/models": READING, "/v1/models/echo": READING}
+PATHS = {"/healthz": READING, "/readyz": READING, "/metrics": READING, "*": METHODS,
+         "/v1/chat/completions": ("POST",),  # where no backend answers, as for all under /v1/
+         "/v1/models": READING, "/v1/models/echo": READING}
 ECHO_MODEL = b'{"id": "echo", "object": "model", "created": 0, "owned_by": "gateway"}'
 FIXED = {"/healthz": b'{"status": "ok"}', "/v1/models/echo": ECHO_MODEL,
          "/v1/models": b'{"object": "list", "data": [%b]}' % ECHO_MODEL}
@@ -1696,17 +1697,17 @@ class Handler(BaseHTTPRequestHandler):
                                   ", ".join(METHODS).encode(),
                                   index.get(b"access-control-request-headers", b"")))
         backends = self.server.backends
-        if backends and backends.via in index.get(b"via", b""):  # our own probe, say: without a key
+        if backends.via in index.get(b"via", b""):  # our own probe, say: without a key
             raise APIError(508, "loop_detected", "BACKEND_URL leads back to this gateway")
         if self.server.keys and path not in ("/healthz", "/readyz"):  # probes have none
             self.authenticate()
-        forwarded = backends and path.startswith("/v1/")
+        forwarded = backends.all and path.startswith("/v1/")
         if forwarded and method == method.upper() and (  # some servers read "head" as HEAD
                 method not in ("CONNECT", "TRACE")):  # which are about the way, not the end
             return self.forward()
-        methods = METHODS if forwarded else self.server.paths.get(path)
+        methods = METHODS if forwarded else PATHS.get(path)
         if not methods:
-            here = "the base URL is http://HOST:PORT/v1" if backends else (
+            here = "the base URL is http://HOST:PORT/v1" if backends.all else (
                 "echo mode has /v1/chat/completions and /v1/models")
             raise APIError(404, "unknown_url", f"nothing is at {printable(path)}; {here}")
         allow = f"Allow: {', '.join(methods)}, OPTIONS\r\n".encode()
@@ -2158,9 +2159,8 @@ class Server(ThreadingHTTPServer):
         self.metrics = Metrics(settings.workers, settings.backend_url)
         self.ledger = Ledger(settings, self.metrics)
         self.loads = memoryview(mmap.mmap(-1, 8 * settings.workers)).cast("q")
-        self.backends = Backends(settings) if settings.backend_url else None
+        self.backends = Backends(settings)
         self.admission = Admission(settings.max_concurrent_requests, settings.queue_timeout)
-        self.paths = OWN_PATHS if self.backends else OWN_PATHS | ECHO_PATHS
         self.take_over(*settings.credentials)
         if settings.listen_fd is None:
             self.address_family = socket.getaddrinfo(settings.host, settings.port)[0][0]
@@ -2181,7 +2181,7 @@ class Server(ThreadingHTTPServer):
         self.keys, self.tls = keys, tls
         self.scheme = b"https" if tls else b"http"
         self.not_forwarded = NOT_FORWARDED | (OF_KEYS if keys or backend_key else set())
-        if self.backends and backend_key:
+        if backend_key:
             self.backends.authorization = f"Authorization: Bearer {backend_key}\r\n".encode()
 
     def server_bind(self):
@@ -2200,12 +2200,12 @@ class Server(ThreadingHTTPServer):
 
     def serve_forever(self, poll_interval=SWEEP_SECONDS):
         """Serve, once the first probes have told who serves what, or have had a second for it."""
-        if self.backends:
+        if self.backends.all:
             self.streams.start()
         began = time.monotonic()
         self.service_actions()
-        while time.monotonic() < began + PARTING_SECONDS and self.backends and (
-                any(backend.probing for backend in self.backends.all)):
+        while time.monotonic() < began + PARTING_SECONDS and any(
+                backend.probing for backend in self.backends.all):
             time.sleep(0.002)
         while self.socket.fileno() >= 0:
             try:
@@ -2314,11 +2314,10 @@ class Server(ThreadingHTTPServer):
         waiting, row, places = len(self.admission.queue), self.metrics.row, self.metrics.places
         row[places["gateway_requests_in_flight"][()]] = max(len(forwarding) - waiting, 0)
         row[places["gateway_queue_depth"][()]] = waiting
-        if self.backends:
-            for backend in self.backends.all:
-                row[places["gateway_backend_up"][backend.url,]] = backend.up
-            self.backends.pool.expire()
-            self.backends.probe_due()
+        for backend in self.backends.all:
+            row[places["gateway_backend_up"][backend.url,]] = backend.up
+        self.backends.pool.expire()
+        self.backends.probe_due()
         if self.supervisor and os.getppid() != self.supervisor:  # it was killed
             os.kill(os.getpid(), signal.SIGTERM)
         while self.parting and (self.parting[0][0] < time.monotonic() or len(self.parting) > 1000):
@@ -2326,7 +2325,7 @@ class Server(ThreadingHTTPServer):
 
     def readiness(self):
         """Return the status and the JSON of /readyz."""
-        backends, now = self.backends.all if self.backends else [], time.monotonic()
+        backends, now = self.backends.all, time.monotonic()
         up = not backends or any(backend.up or (  # no probe brings it back
             not self.settings.probe_interval and backend.retry_at <= now) for backend in backends)
         status = "draining" if self.draining else "ready" if up else "no backend is up"
@@ -2524,7 +2523,7 @@ def start_up_line(server):
     address = f"{server.scheme.decode()}://{f'[{host}]' if ':' in host else host}:{port}"
     line, workers = f"gateway.py {__version__} listening on {address}", server.settings.workers
     line += f" with {workers} workers" if workers > 1 else ""
-    if not server.backends:
+    if not server.backends.all:
         here = address.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
         example = EXAMPLE.replace("http://127.0.0.1:8080", here)
         example += " -H 'Authorization: Bearer KEY'" if server.keys else ""
