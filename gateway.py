@@ -290,9 +290,8 @@ class APIError(Exception):
     """A refusal of a request, or a failure; `fields` are further header lines of the reply."""
 
     def __init__(self, status, code, message, param=None, fields=b""):
-        super().__init__(message)
         self.status, self.code, self.message, self.param = status, code, message, param
-        self.fields = fields
+        self.fields = fields or (b"Retry-After: 1\r\n" if status == 503 else b"")
 
     def body(self, path=""):
         """Return the error as JSON bytes, in the shape that OpenAI's SDKs parse, and Anthropic's
@@ -1053,7 +1052,7 @@ class Pool(urllib.request.BaseHandler):
             if getattr(error, "errno", 0) in SHORTAGES:
                 raise APIError(503, "too_many_connections", f"{error.strerror}: the gateway's"
                                " system has no room for one more connection; try again, or raise"
-                               " its limits", fields=b"Retry-After: 1\r\n") from None
+                               " its limits") from None
             why = ascii(str(error))[1:-1]  # a proxy may have chosen its words
             by = " by its proxy (which must allow CONNECT; else NO_PROXY)" if backend.proxy else ""
             raise Unreachable(
@@ -1260,7 +1259,7 @@ class Backends:
                 return answer
             if isinstance(failure, Unreachable) and len(self.all) > 1:
                 raise APIError(503, "no_healthy_backend", "none of the backends for this request"
-                               " can be reached; try again", fields=b"Retry-After: 1\r\n")
+                               " can be reached; try again")
             raise failure
         finally:
             del failure  # it holds this frame, and would be held by it, with the request's body
@@ -1629,8 +1628,7 @@ class Handler(BaseHTTPRequestHandler):
                     set_timeouts(self.connection, left, self.settings.client_timeout)
                 data = self.connection.recv(RECEIVE_BYTES)
                 if not data and self.deaf:  # drain() has ended it
-                    raise APIError(503, "shutting_down", "the gateway is being stopped; try again",
-                                   fields=b"Retry-After: 1\r\n")
+                    raise APIError(503, "shutting_down", "the gateway is being stopped; try again")
                 return data
         except (TimeoutError, BlockingIOError):
             pass
