@@ -688,7 +688,7 @@ PIPE_BUF = getattr(select, "PIPE_BUF", 512)
 log_lock = threading.RLock()
 
 
-def log(*lines, patience=-1):
+def log(*lines, patience=NOTE_SECONDS):
     """Write lines to stderr: all at once if a pipe keeps so many together, else one by one. What it
     does not take within `patience` seconds, -1 for any time, is lost.
     """
@@ -727,8 +727,7 @@ def timestamp(now):
 def note(settings, text):
     """Write a line that is about no request; who has to is not held up by a pipe that is full."""
     form = {"time": timestamp(time.time()), "message": text}
-    log(json.dumps(form) if settings.log_format == "json" else " ".join(form.values()),
-        patience=NOTE_SECONDS)
+    log(json.dumps(form) if settings.log_format == "json" else " ".join(form.values()))
 
 
 def note_internal_error(settings, where):
@@ -2549,7 +2548,7 @@ def main():
         return (f"gateway.py: cannot listen on {where}:"
                 f" {getattr(error, 'strerror', None) or error}; set HOST and PORT")
     line = start_up_line(server)
-    note(settings, line) if settings.log_format == "json" else log(line, patience=NOTE_SECONDS)
+    note(settings, line) if settings.log_format == "json" else log(line)
     return supervise(server) if settings.workers > 1 else work(server)
 
 
