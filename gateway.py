@@ -213,9 +213,7 @@ def read_settings(argv, environ):
 
 
 def read_credentials(settings):
-    """Return the clients' (name, key) pairs, the backends' key or "", and what make_tls returns;
-    raises ValueError, without what may be a secret.
-    """
+    """Return the clients' (name, key) pairs, the backends' key, make_tls's; raises ValueError."""
     def read(name, parse, otherwise):
         try:
             if not getattr(settings, name):
@@ -294,9 +292,7 @@ class APIError(Exception):
         self.fields = fields or (b"Retry-After: 1\r\n" if status == 503 else b"")
 
     def body(self, path=""):
-        """Return the error as JSON bytes, in the shape that OpenAI's SDKs parse, and Anthropic's
-        where the path is one of theirs.
-        """
+        """Return the error as JSON bytes, for OpenAI's SDKs, or for Anthropic's on their path."""
         ours = self.status >= 500 and self.status not in (501, 505)
         kind = "server_error" if ours else (
             "rate_limit_error" if self.status == 429 else "invalid_request_error")
@@ -529,9 +525,7 @@ def parse_known_response(head, drop, to_head):
 
 
 def parse_response(head, drop, to_head):
-    """Return the Head (4) of a response, if `to_head` to HEAD, and the length of its body (6.3),
-    which may be CHUNKED or UNTIL_CLOSE; raises Malformed.
-    """
+    """Return the Head (4) that a response's is, and its body's length (6.3); raises Malformed."""
     if to_head or head[9:12] in (b"204", b"304"):  # what they tell is the length of another body
         return parse_known_response(head, drop, to_head)
     return parse_but_length(parse_known_response, head, drop, to_head)
@@ -888,7 +882,6 @@ class Ledger:
         self.ended.append(record)
 
     def count(self):
-        """Count what has ended."""
         with self._metrics.lock:
             while self.ended:
                 record = self.ended.pop(0)
@@ -1100,9 +1093,7 @@ class Pool(urllib.request.BaseHandler):
         return Response(backend, head, length, data, (data,))
 
     def _receive_head(self, link, to_head):
-        """Return the head of the response behind any 1xx (RFC 9110, 15.2), if `to_head` to HEAD;
-        the length of its body; and what has come of that. Raises BackendError or Malformed.
-        """
+        """Return the head behind any 1xx (RFC 9110, 15.2), its body's length, and what has come."""
         data = b""
         for _ in range(MAX_INTERIM):
             scanned = 0
@@ -1156,7 +1147,6 @@ class Pool(urllib.request.BaseHandler):
                     socket.socket.shutdown(link.sock, socket.SHUT_RDWR)  # below any TLS
 
     def expire(self):
-        """Close the links that have been idle for too long."""
         before, expired = time.monotonic() - IDLE_SECONDS, []
         with self._lock:
             for links in self._idle.values():
@@ -1413,7 +1403,6 @@ EVENT = b"data: %b\n\n"  # server-sent
 
 
 def demand(condition, param, what, code="invalid_type"):
-    """Raise the error for a field that is not what it must be."""
     if not condition:
         raise APIError(400, code, f"'{param}' must be {what}", param)
 
@@ -1453,7 +1442,6 @@ class Echo:
                      "model": self.model}
 
     def completion(self):
-        """Return the chat.completion as JSON bytes."""
         choice = {"index": 0, "message": {"role": "assistant", "content": self.text},
                   "logprobs": None, "finish_reason": "stop"}
         return json.dumps(self.base | {"choices": [choice], "usage": self.usage}).encode()
@@ -1684,7 +1672,6 @@ class Handler(BaseHTTPRequestHandler):
                 raise Malformed("the body of the request was cut off")
 
     def dispatch(self):
-        """Answer the request whose head has been read."""
         method, path, index = self.asked.method, self.asked.path, self.asked.index
         if method == "OPTIONS" and b"access-control-request-method" in index and (
                 b"Allow-Origin" in self.cors):  # a browser asks without a key (Fetch, 4.8)
@@ -1750,7 +1737,6 @@ class Handler(BaseHTTPRequestHandler):
         self.open_ended = False
 
     def forward(self):
-        """Answer with what a backend answers."""
         asked, record, backends = self.asked, self.record, self.server.backends
         body, record.asked = self.read_body(), time.monotonic()
         if len(backends.all) > 1 and asked.path == "/v1/models" and asked.method in READING and (
@@ -1768,9 +1754,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.admission.leave()
 
     def look_into(self, body):
-        """Return the model that the request is for, or None; note that of a POST. Raises 400 for
-        what must be a JSON object and is none.
-        """
+        """Return the model that is asked for, or None; note a POST's; raises 400 invalid_json."""
         record, path, model = self.record, self.asked.path, None
         if self.asked.method != "POST":
             return urllib.parse.unquote(path.partition("/v1/models/")[2]) or None
@@ -1940,9 +1924,7 @@ class Handler(BaseHTTPRequestHandler):
             raise ClientGone from None
 
     def send_some(self, data):
-        """Send what the client takes, of TLS a record; return how many bytes; raises OSError if it
-        takes nothing for CLIENT_TIMEOUT.
-        """
+        """Send what the client takes, of TLS a record; return its length; raises OSError if 0."""
         # When its buffer has been full, Linux waits until a third is free: who reads slowly seems
         # to read nothing. So the last word has an attempt that does not wait.
         if self.connection is self.request:
@@ -2043,7 +2025,6 @@ class Admission:
                        fields=b"Retry-After: 1\r\nretry-after-ms: 1000\r\n")
 
     def leave(self):
-        """Give the place to the next in turn."""
         with self._lock:
             if self.queue:
                 self.queue.pop(0).turn.set()
@@ -2294,9 +2275,7 @@ class Server(ThreadingHTTPServer):
             note_internal_error(self.settings, "sweep")
 
     def sweep(self):
-        """Settle the ledger, cancel what is forwarded for clients that have gone, set the gauges,
-        probe, and close what is due to be closed.
-        """
+        """Do what is due: settle, cancel for clients that have gone, set gauges, probe, close."""
         self.next_sweep = time.monotonic() + SWEEP_SECONDS
         self.date = f"Date: {formatdate(usegmt=True)}\r\n".encode()
         if self.ledger.ended or self.ledger.lines:
@@ -2321,7 +2300,6 @@ class Server(ThreadingHTTPServer):
             self.parting.pop(0)[1].close()
 
     def readiness(self):
-        """Return the status and the JSON of /readyz."""
         backends, now = self.backends.all, time.monotonic()
         up = not backends or any(backend.up or (  # no probe brings it back
             not self.settings.probe_interval and backend.retry_at <= now) for backend in backends)
@@ -2456,10 +2434,7 @@ def reap(workers):
 
 
 def supervise(server):
-    """Keep WORKERS processes at work until told to stop; return the exit status.
-
-    A second signal to stop ends them at once, as does the deadline of a drain.
-    """
+    """Keep WORKERS processes at work until a signal to stop; return the exit status."""
     settings, workers, status, deadline = server.settings, {}, 0, None
     gc.freeze()  # what the collector does not touch, the workers share: 3 MiB each
     signals, server.supervisor = awaited(settings) | {signal.SIGCHLD, signal.SIGALRM}, os.getpid()
