@@ -1675,11 +1675,10 @@ class Handler(BaseHTTPRequestHandler):
         method, path, index = self.asked.method, self.asked.path, self.asked.index
         if method == "OPTIONS" and b"access-control-request-method" in index and (
                 b"Allow-Origin" in self.cors):  # a browser asks without a key (Fetch, 4.8)
-            return self.reply(204, b"", b"Access-Control-Allow-Methods: %b\r\n"
-                              b"Access-Control-Allow-Headers: %b\r\n"
-                              b"Access-Control-Max-Age: 7200\r\n" % (
-                                  ", ".join(METHODS).encode(),
-                                  index.get(b"access-control-request-headers", b"")))
+            fields = (b"Access-Control-Allow-Methods: %b\r\nAccess-Control-Allow-Headers: %b\r\n"
+                      b"Access-Control-Max-Age: 7200\r\n")
+            return self.reply(204, fields=fields % (
+                ", ".join(METHODS).encode(), index.get(b"access-control-request-headers", b"")))
         backends = self.server.backends
         if backends.via in index.get(b"via", b""):  # our own probe, say: without a key
             raise APIError(508, "loop_detected", "BACKEND_URL leads back to this gateway")
@@ -2301,13 +2300,12 @@ class Server(ThreadingHTTPServer):
 
     def readiness(self):
         backends, now = self.backends.all, time.monotonic()
-        up = not backends or any(backend.up or (  # no probe brings it back
-            not self.settings.probe_interval and backend.retry_at <= now) for backend in backends)
+        up = not backends or any(b.up or (  # no probe brings it back
+            not self.settings.probe_interval and b.retry_at <= now) for b in backends)
         status = "draining" if self.draining else "ready" if up else "no backend is up"
         return 200 if status == "ready" else 503, json.dumps({"status": status, "backends": [
-            {"url": backend.url, "up": backend.up, "in_flight": backend.in_flight,
-             "models": None if backend.models is None else list(backend.models)}
-            for backend in backends]}).encode()
+            {"url": b.url, "up": b.up, "in_flight": b.in_flight,
+             "models": None if b.models is None else list(b.models)} for b in backends]}).encode()
 
     def drain(self):
         """Stop listening and wait until the requests in flight have ended; tell whether they did.
@@ -2334,7 +2332,7 @@ class Server(ThreadingHTTPServer):
             self.service_actions()
             time.sleep(SWEEP_SECONDS / 10)
         for handler in list(self.connections.values()):  # these are cut off
-            if handler and (record := handler.record) and record.duration_ms is None:
+            if handler and (record := handler.record):
                 self.ledger.end(record, outcome="shutdown_timeout", result="cut",
                                 request_id=record.request_id or next(request_ids()))
         self.streams.closed = not self.connections
