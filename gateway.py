@@ -487,9 +487,8 @@ def parse_request(head, drop):
     path = target.partition(b"?")[0]  # dots could lead a backend to a path that is not below /v1
     if DOTS.search(urllib.parse.unquote_to_bytes(path)):
         raise Malformed("the path holds '.' or '..'; send the path that it leads to")
-    length = body_length(index, minor, 0)
     return Request(method, path.decode(), target.decode(), minor, authority, persistent, index,
-                   fields), length
+                   fields), body_length(index, minor, 0)
 
 
 def body_length(index, minor, otherwise):
@@ -757,7 +756,6 @@ class Record:
         self.began, self.client = time.monotonic(), client
 
     def line(self, form):
-        """Return the line for the log."""
         self.first_byte_ms = self.first and (self.first - self.began) * 1000
         self.method, self.path = self.method[:32], self.path[:256]  # one write to a pipe: 4,096
         self.model = self.model[:100].encode(errors="replace").decode()  # jq takes no surrogates
@@ -1724,7 +1722,6 @@ class Handler(BaseHTTPRequestHandler):
         self.record.key = names[0]
 
     def echo(self, asked):
-        """Answer a chat completion request by ourselves."""
         echo, record = Echo(asked, self.record.request_id), self.record
         record.model, record.stream = echo.model, bool(asked.get("stream"))
         if not record.stream:
@@ -1874,10 +1871,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def write_head(self, status, reason, fields, length, body=None):
         """Send the head of the reply, and with it the body; if that is None, leave it `unsent`: it
-        goes out with the first piece, or when that has to be waited for.
-
-        `length` is that of the body; None for a head that needs no framing. An unknown one is
-        framed as chunks, or for a client of HTTP/1.0 by closing.
+        goes out with the first piece, or when that has to be waited for. `length` is that of the
+        body, known or not; None for a head that needs no framing.
         """
         record, framing, self.chunked = self.record, b"", False
         if length in (CHUNKED, UNTIL_CLOSE):
@@ -2072,7 +2067,6 @@ class Streams:
             del fault  # as in Backends.open
 
     def start(self):
-        """Begin to take handlers, where the system lets us."""
         # Not only when the first one comes: there may be no memory for the thread's first line.
         with suppress(AttributeError, OSError, RuntimeError):
             epoll = select.epoll()
@@ -2154,7 +2148,6 @@ class Server(ThreadingHTTPServer):
             note(self.settings, f"SIGHUP: {said}")
 
     def take_over(self, keys, backend_key, tls):
-        """Take these keys and this certificate from here on."""
         self.keys, self.tls = keys, tls
         self.scheme = b"https" if tls else b"http"
         self.not_forwarded = NOT_FORWARDED | (OF_KEYS if keys or backend_key else set())
