@@ -116,8 +116,7 @@ def backend_url(text):
 
 def named_keys(text, between=","):
     """Parse keys with `between` between them to (name, key) pairs; raises if a text has none."""
-    items = [item.strip() for item in text.split(between)]
-    matches = [KEY.fullmatch(item) for item in items if item]
+    matches = [KEY.fullmatch(item.strip()) for item in text.split(between) if item.strip()]
     if text and not (matches and all(matches)):
         raise refused("keys are of visible ASCII characters: KEY or NAME=KEY, at least one")
     return [(m[1] or f"key{i}", m[2].encode()) for i, m in enumerate(matches, 1)]
