@@ -507,8 +507,8 @@ def body_length(index, minor, otherwise):
 
 
 @remembered
-def parse_known_response(head, drop, to_head):
-    """Return what parse_response does, for a head that may be remembered."""
+def parse_response(head, drop, to_head):
+    """Return the Head (4) that a response's is, and its body's length (6.3); raises Malformed."""
     match, index, persistent, fields = parse_head(head, drop, STATUS_LINE, "HTTP/1.1 200 OK")
     status = int(match[2])
     if status == 101:
@@ -520,13 +520,6 @@ def parse_known_response(head, drop, to_head):
         if UNTIL_CLOSE > length >= 10 ** 15:
             raise Malformed("its Content-Length is beyond belief")
     return Head(status, match[3] or b"", persistent, index, fields), length
-
-
-def parse_response(head, drop, to_head):
-    """Return the Head (4) that a response's is, and its body's length (6.3); raises Malformed."""
-    if to_head or head[9:12] in (b"204", b"304"):  # what they tell is the length of another body
-        return parse_known_response(head, drop, to_head)
-    return parse_but_length(parse_known_response, head, drop, to_head)
 
 
 def accepted_request_id(index, ids):
@@ -1099,8 +1092,11 @@ class Pool(urllib.request.BaseHandler):
                 if not piece:
                     raise Broken("closed the connection before its response was there")
                 data, link.reused = data + piece, False
-            head, length = parse_response(data[:end], self._dropped, to_head)
-            data = data[end + 4:]
+            head, data = data[:end], data[end + 4:]
+            if to_head or head[9:12] in (b"204", b"304"):  # it tells the length of another body
+                head, length = parse_response(head, self._dropped, to_head)
+            else:
+                head, length = parse_but_length(parse_response, head, self._dropped, to_head)
             if head.status >= 200:
                 return head, length, data
         raise Broken(f"sent {MAX_INTERIM} responses of 1xx before its answer")
