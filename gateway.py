@@ -382,7 +382,6 @@ HOST = re.compile(rb"(?:(?:[\w.~-]++|%[0-9A-F]{2})+|\[[0-9A-F.]*:[0-9A-F.:]+\])(
                   re.I)
 ABSOLUTE = re.compile(rb"https?://([^/?#]*)/?(.*)", re.I)
 DOTS = re.compile(rb"[/\\]\.\.?(?:[/\\;]|\Z)")  # Tomcat drops what follows a semicolon
-EMPTY_LINES = re.compile(rb"(?:\r\n)*+")
 LAST_EVENT = re.compile(rb"[\r\n]data: ?\[DONE\](?: *|.*[\r\n])\Z", re.S)  # or lines behind it
 EVENT_ENDS = b"\n\n", b"\n\r\n", b"\r\r"
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")
@@ -1586,7 +1585,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             while (start := self.buffer[:2]) in (b"", b"\r", b"\r\n"):
                 if start == b"\r\n":
-                    self.buffer = self.buffer[EMPTY_LINES.match(self.buffer).end():]
+                    self.buffer = re.sub(rb"\A(?:\r\n)++", b"", self.buffer)
                 elif piece := self.receive(self.idle_since + self.settings.client_timeout):
                     self.buffer += piece
                 else:
