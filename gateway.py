@@ -1508,8 +1508,7 @@ class Handler(BaseHTTPRequestHandler):
     without a body yet, or what a slow client did not take. `forwarding` is the BackendRequest under
     way, which Server.sweep cancels if the client has gone, unless we are `deaf` to that; while a
     request is awaited, `idle_since` is set; FIN would pass an `open_ended` reply off as whole;
-    while Streams makes the steps of our relay, all this is its thread's, and `lent` a queue for it
-    to say that it is done.
+    while Streams makes our relay's steps, all this is its thread's, until it puts to `lent`.
     """
 
     buffer, unsent, patience, owed, forwarding, idle_since = b"", b"", 0, 0, None, None
@@ -1528,9 +1527,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def finish(self):
         """Close the connection: by RST if FIN would pass a cut body off as whole."""
-        # Closing with input unread sends RST too, which destroys what the client has not read of
-        # its reply (9.6), were it an empty line. So say that no more comes, and discard for a while
-        # what it sends.
+        # Closing with input unread, were it an empty line, sends RST too, which destroys what the
+        # client has not read of its reply (9.6): so say that no more comes, and read on a while.
         deadline = time.monotonic() + LINGER_SECONDS
         with self.connection, suppress(APIError, OSError, MemoryError):
             if self.open_ended:
@@ -1600,8 +1598,7 @@ class Handler(BaseHTTPRequestHandler):
         left = deadline - time.monotonic()
         try:
             if left > 0:
-                # One that is right to a tenth stays, which spares two system calls: the deadline
-                # itself is looked at before each read.
+                # Right to a tenth will do, and spares two system calls: `left` is right each time.
                 if abs(left - self.patience) > self.patience / 10:
                     self.patience = left
                     set_timeouts(self.connection, left, self.settings.client_timeout)
@@ -2231,8 +2228,7 @@ class Server(ThreadingHTTPServer):
 
     def serve(self, request, address):
         """Serve a connection in this thread, and then those that come soon."""
-        # A request that comes with a connection of its own takes 120 us of CPU so, and 180 with a
-        # thread of its own.
+        # A request with a connection of its own takes 120 us of CPU so, with a new thread 180.
         while True:
             self.process_request_thread(request, address)
             queue = SimpleQueue()
@@ -2456,8 +2452,7 @@ def supervise(server):
 
 
 # == 10. main ======================================================================================
-# Exit status: 0 after a drain, 1 if the address cannot be had, 2 for a bad setting, 3 if a worker
-# died at its start.
+# Exit status: 0 after a drain, 1 for no address, 2 for a bad setting, 3 if a worker died at once.
 
 
 def prepare_descriptors():
