@@ -1919,12 +1919,11 @@ class Handler(BaseHTTPRequestHandler):
                 return self.connection.send(data, socket.MSG_DONTWAIT)
         # TLS has one time-out for both directions and all of a call, and waits before it sends.
         self.patience, data = 0, data[:TLS_RECORD]
-        for limit in (0, self.settings.client_timeout):
+        for limit in (0, self.settings.client_timeout, 0):
             with suppress(ssl.SSLWantWriteError, TimeoutError):
                 self.connection.settimeout(limit)
                 return self.connection.send(data)
-        self.connection.settimeout(0)
-        return self.connection.send(data)
+        raise TimeoutError
 
     def fail(self, error):
         """Answer with an error: as JSON, in a begun event stream as an event, else by a cut."""
