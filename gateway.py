@@ -48,6 +48,7 @@ from base64 import b64encode
 from bisect import bisect_left
 from collections import defaultdict, namedtuple
 from contextlib import suppress
+from datetime import UTC, datetime
 from email.utils import formatdate, parsedate_to_datetime
 from functools import lru_cache
 from hmac import compare_digest
@@ -697,20 +698,14 @@ def is_full(patience):
     return False
 
 
-@lru_cache(1)
-def whole_seconds(now):
-    """Return a time without fraction; it costs as much as all else of a line, but once a second."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
-
-
-def timestamp(now):
-    """Return a time in RFC 3339, with milliseconds."""
-    return f"{whole_seconds(int(now))}.{int(now % 1 * 1000):03}Z"
+def timestamp():
+    """Return the time in RFC 3339, with milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def note(settings, text):
     """Write a line that is about no request; who has to is not held up by a pipe that is full."""
-    form = {"time": timestamp(time.time()), "message": text}
+    form = {"time": timestamp(), "message": text}
     log(json.dumps(form) if settings.log_format == "json" else " ".join(form.values()))
 
 
@@ -747,6 +742,7 @@ class Record:
         self.began, self.client = time.monotonic(), client
 
     def line(self, form):
+        """Return the line for the log."""
         self.first_byte_ms = self.first and (self.first - self.began) * 1000
         self.method, self.path = self.method[:32], self.path[:256]  # one write to a pipe: 4,096
         self.model = self.model[:100].encode(errors="replace").decode()  # jq takes no surrogates
@@ -865,7 +861,7 @@ class Ledger:
             if record.duration_ms is not None:
                 return
             record.duration_ms = (time.monotonic() - record.began) * 1000
-        record.time = timestamp(time.time())
+        record.time = timestamp()
         for name, value in fate.items():
             setattr(record, name, value)
         self.ended.append(record)
@@ -1434,6 +1430,7 @@ class Echo:
                      "model": self.model}
 
     def completion(self):
+        """Return the chat.completion as JSON bytes."""
         choice = {"index": 0, "message": {"role": "assistant", "content": self.text},
                   "logprobs": None, "finish_reason": "stop"}
         return json.dumps(self.base | {"choices": [choice], "usage": self.usage}).encode()
@@ -2281,6 +2278,7 @@ class Server(ThreadingHTTPServer):
             self.parting.pop(0)[1].close()
 
     def readiness(self):
+        """Return the status and the JSON of /readyz."""
         backends, now = self.backends.all, time.monotonic()
         up = not backends or any(b.up or (  # no probe brings it back
             not self.settings.probe_interval and b.retry_at <= now) for b in backends)
