@@ -5148,6 +5148,28 @@ def test_each_worker_keeps_to_one_processor_unless_it_is_told_not_to():
         assert os.sched_getaffinity(process.pid) == ours
 
 
+def weight(pid):
+    """Return the nice value of a process's session."""
+    return int(Path(f"/proc/{pid}/autogroup").read_text().split()[-1])
+
+
+def test_workers_in_a_session_of_their_own_weigh_as_much_as_so_many_programs():
+    try:
+        ours, status = weight("self"), Path("/proc/self/status").read_text()
+    except (OSError, IndexError):
+        pytest.skip("this system does not share its processors between sessions")
+    if not int(re.search(r"CapEff:\s*(\w+)", status)[1], 16) >> 23 & 1:
+        pytest.skip("to weigh more takes CAP_SYS_NICE")
+    leader = (sys.executable, "-c",
+              "import os, sys; os.setsid(); os.execv(sys.executable, sys.argv)", "-B")
+    for workers, affinity, nice in ((1, "1", 0), (2, "1", -3), (4, "1", -6), (4, "0", 0)):
+        with Process("--port=0", f"--workers={workers}", python=leader,
+                     CPU_AFFINITY=affinity) as process:
+            assert process.port and weight(process.pid) == nice
+    with Process("--port=0", "--workers=2") as process:  # in that of whoever runs this test
+        assert process.port and weight("self") == weight(process.pid) == ours
+
+
 def test_gateways_that_are_all_process_1_of_their_containers_do_not_share_one_processor(tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import os\nos.getpid = lambda: 1\n")
     bonds = set()
