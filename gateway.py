@@ -191,7 +191,8 @@ def read_settings(argv, environ):
         flag = error.argument_name.rpartition("/")[2]  # -h/--help
         parser.error(f"{flag[2:].replace('-', '_').upper()} ({flag}): {error.message}")
     if unknown:  # all but the name of a flag may be a secret
-        name = ascii(re.match("(--[^=]*)?", unknown[0])[0]).replace("''", "without --")
+        name = re.match("--[^=]*", unknown[0])
+        name = ascii(name[0]) if name else "without --"
         parser.error(f"unknown argument {name}; all are flags like --port=8080, see --help")
     settings.listen_fd = 3 if environ.get("LISTEN_PID") == str(os.getpid()) else None
     try:
@@ -351,8 +352,8 @@ MAX_REMEMBERED = 4_096   # bytes of a head that is remembered: strangers could f
 USAGE_BYTES = 4_096      # of an answer's beginning, and of its end: its usage is in one of them
 CHUNKED, UNTIL_CLOSE = -1, 1 << 62  # lengths of a body that are not known beforehand
 
-# A writing request always tells its length; what another one has as its body, or one that they
-# refuse, some servers leave unread, and take it for the next request (11.2).
+# A writing request always tells its length; what another one has as its body, some servers leave
+# unread, and take it for the next request (11.2).
 READING, WRITING = ("GET", "HEAD"), ("POST", "PUT", "PATCH")
 
 # Fields of one connection (RFC 9110, 7.6.1), and of a proxy (11.7).
@@ -513,12 +514,10 @@ def parse_response(head, drop, to_head):
     status = int(match[2])
     if status == 101:
         raise Malformed("it switches protocols, which nobody asked for")
-    if to_head or status in (204, 304):
-        length, persistent = 0, False  # some send a body all the same: it would be the next one's
-    else:
-        length = body_length(index, int(match["minor"]), UNTIL_CLOSE)
-        if UNTIL_CLOSE > length >= 10 ** 15:
-            raise Malformed("its Content-Length is beyond belief")
+    length = 0 if to_head or status in (204, 304) else (
+        body_length(index, int(match["minor"]), UNTIL_CLOSE))
+    if UNTIL_CLOSE > length >= 10 ** 15:
+        raise Malformed("its Content-Length is beyond belief")
     return Head(status, match[3] or b"", persistent, index, fields), length
 
 
@@ -580,6 +579,12 @@ def events_end(data):
     if data.endswith(b"\n\n"):
         return len(data)
     return max((data.rfind(end) + len(end) for end in EVENT_ENDS if end in data), default=0)
+
+
+def named_event(names):
+    """Return the pattern of events of these names: in their line, or the data's first or last."""
+    return re.compile(rb'(?:\A|[\r\n])event: ?(?:%b)[\r\n]|data: ?\{"type" ?: ?"(?:%b)"'
+                      rb'|"type" ?: ?"(?:%b)"\}[\r\n]' % (names, names, names))
 
 
 def refuse_constant(name):
@@ -910,6 +915,7 @@ MAX_INTERIM = 1_000     # responses of 1xx, before the one that counts, are take
 MAX_LIST_PIECES = 64    # of a list of models, each of up to RECEIVE_BYTES
 SHORTAGES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))  # on our side
 BUSY = frozenset((502, 503, 504, 508))  # it, or one behind it, cannot answer now: another may
+UNREAD = frozenset((*range(300, 400), 401, 403, 404, 405, 411, 413, 415, 417, 431, 501))  # by heads
 
 # `length` is that of the body, and `body` None if it has not all come with the head; `pieces`
 # yields it as it comes, and raises Broken or BackendTimeout if it does not become whole.
@@ -969,6 +975,16 @@ class Link:
             raise BackendTimeout(f"was silent for {self.patience} seconds") from None
         except OSError:
             return None
+
+
+    def retire(self):
+        """Use it no more: a body that the backend left unread, or sends behind HEAD, 204 or 304 all
+        the same, as some do, would be the next one's.
+        """
+        # By RST: whoever closes first cannot use the port for a minute. 470 a second are all.
+        self.persistent = False
+        with suppress(OSError):
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 class Pool(urllib.request.BaseHandler):
@@ -1070,7 +1086,9 @@ class Pool(urllib.request.BaseHandler):
             head, length, data = self._receive_head(link, request.method == "HEAD")
         except Malformed as error:
             raise Broken(f"broke HTTP: {error.message.removesuffix('; send less')}") from None
-        link.persistent = link.persistent and head.persistent and not (body and head.status >= 400)
+        link.persistent = link.persistent and head.persistent
+        if request.method == "HEAD" or head.status in (204, 304) or body and head.status in UNREAD:
+            link.retire()
         if not 0 <= length <= len(data):
             return Response(backend, head, length, None, self._pieces(request, link, length, data))
         self.release(request, length == len(data))
@@ -1236,7 +1254,7 @@ class Backends:
                 return answer
             if isinstance(failure, Unreachable) and len(self.all) > 1:
                 raise APIError(503, "no_healthy_backend", "none of the backends for this request"
-                               " can be reached; try again")
+                               " can be reached: /readyz tells their state; try again")
             raise failure
         finally:
             del failure  # it holds this frame, and would be held by it, with the request's body
@@ -1464,9 +1482,9 @@ LINGER_SECONDS = 5         # for a refused client to stop sending (as in nginx),
 
 METHODS = (*READING, *WRITING, "DELETE")
 PARSED = frozenset(("/v1/chat/completions", "/v1/completions"))  # POSTs here must be JSON objects
-LAST_EVENTS = dict.fromkeys(PARSED, LAST_EVENT) | {
-    MESSAGES: re.compile(rb'"type" ?: ?"(?:message_stop|error)"'), "/v1/responses":
-    re.compile(rb'"type" ?: ?"(?:response\.(?:completed|incomplete|failed)|error)"')}
+LAST_EVENTS = dict.fromkeys(PARSED, re.compile(rb"[\r\n]data: ?\[DONE\]")) | {
+    MESSAGES: named_event(rb"error|message_stop"), "/v1/responses": named_event(
+        rb"error|response\.(?:completed|incomplete|failed|cancell?ed|done)")}
 PATHS = {"/healthz": READING, "/readyz": READING, "/metrics": READING, "*": METHODS,
          "/v1/chat/completions": ("POST",),  # where no backend answers, as for all under /v1/
          "/v1/models": READING, "/v1/models/echo": READING}

@@ -1833,7 +1833,8 @@ def test_bytes_behind_an_answer_never_reach_another_request():
             played.send(answer + behind)
             if not behind:
                 assert go.acquire(timeout=SECONDS)
-                played.send(forged)
+                with contextlib.suppress(OSError):  # the link is closed already
+                    played.send(forged)
             sent.release()
             played.wait_for_end()
     with forward(script) as (port, backend), Client(port) as client:
@@ -2152,7 +2153,8 @@ def test_a_method_with_small_letters_does_not_reach_the_backend(method):
 
 @pytest.mark.parametrize("method, status", [
     *((method, "200 OK") for method in ("GET", "HEAD", "DELETE", "OPTIONS", "QUERY")),
-    ("POST", "404 Not Found"), ("PUT", "401 Unauthorized"), ("POST", "501 Not Implemented")])
+    ("POST", "404 Not Found"), ("PUT", "401 Unauthorized"), ("POST", "501 Not Implemented"),
+    ("POST", "307 Temporary Redirect")])
 def test_behind_a_body_that_a_backend_may_leave_unread_no_other_request_is_sent(method, status):
     """What it leaves would be the beginning of the next one: somebody else's."""
     evil = b"GET /slots?evil HTTP/1.1\r\nX-Swallow: "
@@ -2174,6 +2176,22 @@ def test_behind_a_body_that_a_backend_may_leave_unread_no_other_request_is_sent(
         assert targets == [FILES.encode(), b"/v1/x"] * 2
         assert [b"Connection: close" in head for head, _ in backend.requests] == [
             status == "200 OK", False] * 2  # and not for each POST: most are answered with 200
+
+
+@pytest.mark.parametrize("method, status", [("POST", "404 No"), ("HEAD", "200 OK")])
+def test_a_link_that_is_given_up_for_that_keeps_no_port_for_a_minute(method, status):
+    """Anyone may be refused so often in a minute that none would be left: it ends by RST."""
+    ends = []
+    def script(played, number):
+        played.request()
+        played.send(response(b"", status))
+        try:
+            ends.append(played.socket.recv(1))
+        except ConnectionResetError:
+            ends.append("reset")
+    with forward(script) as (port, _):
+        ask(port, method, FILES, b"x" if method == "POST" else b"")
+        eventually(lambda: ends == ["reset"])
 
 
 def test_completion_requests_that_are_no_json_objects_do_not_reach_the_backend():
@@ -2483,26 +2501,37 @@ def test_another_type_that_begins_as_that_of_event_streams_does_is_none():
         assert reply.body == b"data: 1" and not reply.cut and not reply.all("x-accel-buffering")
 
 
-RESPONSE_ENDS = [b'event: response.%b\ndata: {"type":"response.%b", "response": {"a": "%b"}}\n\n'
-                 % (how, how, b"x" * 5_000) for how in (b"completed", b"incomplete", b"failed")]
-
-
-@pytest.mark.parametrize("path, ends", [
-    ("/v1/messages", [b'event: message_stop\ndata: {"type": "message_stop"}\n\n']),
-    ("/v1/responses", RESPONSE_ENDS)])
-def test_a_stream_that_ends_by_closing_wants_the_last_event_of_its_api(path, ends):
-    head = STREAM_HEAD.replace(b"Transfer-Encoding: chunked\r\n", b"")
-    first = b'data: {"type":"first", "a": "\\"type\\":\\"%b\\""}\n\n' % (
-        b'message_stop\\", \\"type\\":\\"response.completed')
-    ends = [*ends, b'data: {"type":"error"}\n\n']
-    streams = [b"", first, *(first + end + more for end in ends for more in (b"", b": bye\n\n"))]
-    with forward(by_case([(head + stream,) for stream in streams])) as (port, _):
-        for case, stream in enumerate(streams):
+@pytest.mark.parametrize("path, name", [
+    ("/v1/messages", b"message_stop"), ("/v1/responses", b"response.completed"),
+    ("/v1/responses", b"response.incomplete"), ("/v1/responses", b"response.failed"),
+    ("/v1/responses", b"response.cancelled"), ("/v1/responses", b"response.done"),
+    ("/v1/messages", b"error"), ("/v1/responses", b"error")])
+def test_a_stream_that_ends_by_closing_wants_the_last_event_of_its_api(path, name):
+    """Its name is in a line of its own, or its data's first key or last, as servers have it."""
+    head, long = STREAM_HEAD.replace(b"Transfer-Encoding: chunked\r\n", b""), b"x" * 5_000
+    text = b'data: {"type":"first", "a": "\\"type\\":\\"%b\\"}", "metadata": {"type":"%b"}}\n\n' % (
+        name, name)
+    ends = [b"event: %b\ndata: {}\n\n" % name, b'data: {"a":"%b","type":"%b"}\n\n' % (long, name),
+            b'data: {"type": "%b", "a": "%b"}\r\n\r\n' % (name, long)]
+    cut = [b"", text, text + b"event: other\ndata: {}\n\n"]
+    whole = [text + end + more for end in ends for more in (b"", b": bye\n\n")]
+    with forward(by_case([(head + stream,) for stream in cut + whole])) as (port, _):
+        for case, stream in enumerate(cut + whole):
             reply = ask(port, "POST", f"{path}?{case}", STREAM)
-            if stream in (b"", first):
+            if stream in cut:
                 assert reply.cut and b"backend_error" in reply.body, stream
             else:
                 assert (reply.body, reply.cut) == (stream, False)
+
+
+def test_an_event_of_many_lines_of_done_holds_nobody_up():
+    """A search that begins at each of its lines would take the GIL for a quarter of a minute."""
+    head = STREAM_HEAD.replace(b"Transfer-Encoding: chunked\r\n", b"")
+    def script(played, number):
+        played.request()
+        played.send(head + b"data: [DONE]\n" * 30_000 + b"x")
+    with forward(script) as (port, _):
+        assert ask(port, body=STREAM).cut
 
 
 def test_an_event_stream_of_another_status_needs_no_done():
@@ -2678,8 +2707,8 @@ def test_a_client_that_reads_its_stream_slowly_gets_it_whole(by_tls, tls):
         eventually(lambda: sent and time.monotonic() > sent[-1] + 0.2)  # all buffers are full
         assert len(sent) < 1_000
         slow = time.monotonic() + 4
-        while time.monotonic() < slow:  # 80 kB a second
-            client.buffer += client.socket.recv(8_000)
+        while time.monotonic() < slow:  # 200 kB a second, or on a busy machine a part of that
+            client.buffer += client.socket.recv(20_000)
             threading.Event().wait(0.1)
         reply = client.reply()
         assert (reply.body, reply.cut) == (event * 1_000 + DONE, False)
@@ -5162,12 +5191,14 @@ def test_workers_in_a_session_of_their_own_weigh_as_much_as_so_many_programs():
         pytest.skip("to weigh more takes CAP_SYS_NICE")
     leader = (sys.executable, "-c",
               "import os, sys; os.setsid(); os.execv(sys.executable, sys.argv)", "-B")
-    for workers, affinity, nice in ((1, "1", 0), (2, "1", -3), (4, "1", -6), (4, "0", 0)):
+    for workers, affinity, nice in ((1, "1", 0), (2, "1", -3), (8, "1", -9), (8, "0", 0)):
         with Process("--port=0", f"--workers={workers}", python=leader,
                      CPU_AFFINITY=affinity) as process:
-            assert process.port and weight(process.pid) == nice
+            assert ask(process.port, "GET", "/healthz").status == 200  # by a worker: it is done
+            assert weight(process.pid) == nice
     with Process("--port=0", "--workers=2") as process:  # in that of whoever runs this test
-        assert process.port and weight("self") == weight(process.pid) == ours
+        assert ask(process.port, "GET", "/healthz").status == 200
+        assert weight("self") == weight(process.pid) == ours
 
 
 def test_gateways_that_are_all_process_1_of_their_containers_do_not_share_one_processor(tmp_path):
