@@ -2277,12 +2277,15 @@ class Server(ThreadingHTTPServer):
         if self.ledger.ended or self.ledger.lines:
             with suppress(RuntimeError):  # in a thread, for stderr may stall
                 start_new_thread(self.ledger.settle, ())
-        forwarding = {handler.connection.fileno(): request
-                      for handler in list(self.connections.values()) if handler
-                      and (request := handler.forwarding)
-                      and not (handler.deaf or request.cancelled)}
-        for descriptor in hung_up(forwarding):
-            self.backends.pool.cancel(forwarding[descriptor])
+        forwarding = {handler.connection.fileno(): (handler, request)
+                      for handler in list(self.connections.values())
+                      if handler and (request := handler.forwarding) and not handler.deaf}
+        for handler, request in map(forwarding.get, hung_up(forwarding)):
+            if not request.cancelled:
+                self.backends.pool.cancel(request)
+            elif not handler.open_ended:  # it waits, with its place, for who takes nothing more
+                with suppress(OSError):
+                    socket.socket.shutdown(handler.connection, socket.SHUT_RDWR)
         waiting, row, places = len(self.admission.queue), self.metrics.row, self.metrics.places
         row[places["gateway_requests_in_flight"][()]] = max(len(forwarding) - waiting, 0)
         row[places["gateway_queue_depth"][()]] = waiting

@@ -2651,6 +2651,32 @@ def test_a_client_that_reads_nothing_slows_its_backend_costs_no_memory_and_is_gi
             assert int(re.search(r"VmHWM:\s*(\d+) kB", memory)[1]) < 100_000
 
 
+@pytest.mark.parametrize("tls", (False, True))
+@pytest.mark.parametrize("kind", ("text/plain", "text/event-stream"))
+def test_a_client_that_reads_nothing_and_then_half_closes_gives_its_place_back(by_tls, tls, kind):
+    """What is being sent to it by then would wait for CLIENT_TIMEOUT, a minute, and its backend."""
+    sent, mebibyte = [], chunked(b": %b\n\n" % (b"x" * (1 << 20)), end=False)
+    head = STREAM_HEAD.replace(b"text/event-stream", kind.encode())
+    def script(played, number):
+        if number > 1:
+            return answers(response())(played, number)
+        played.request()
+        with contextlib.suppress(ConnectionError):
+            played.send(head)
+            while True:
+                played.send(mebibyte)
+                sent.append(time.monotonic())
+        played.wait_for_end()
+    with forward(script, max_concurrent_requests=1, **by_tls if tls else {}) as (port, backend):
+        connect = TLSClient if tls else Client
+        with connect(port) as stuck, connect(port) as client:
+            stuck.send(request(body=STREAM))
+            eventually(lambda: sent and time.monotonic() > sent[-1] + 0.5)  # all buffers are full
+            socket.socket.shutdown(stuck.socket, socket.SHUT_WR)
+            eventually(lambda: client.send(request(body=CHAT)).reply().status == 200)
+            eventually(lambda: backend.ended)
+
+
 EVENTFUL = b": %b\n\n" % (b"x" * 100_000)
 
 
