@@ -915,7 +915,8 @@ MAX_INTERIM = 1_000     # responses of 1xx, before the one that counts, are take
 MAX_LIST_PIECES = 64    # of a list of models, each of up to RECEIVE_BYTES
 SHORTAGES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))  # on our side
 BUSY = frozenset((502, 503, 504, 508))  # it, or one behind it, cannot answer now: another may
-UNREAD = frozenset((*range(300, 400), 401, 403, 404, 405, 411, 413, 415, 417, 431, 501))  # by heads
+UNREAD = frozenset((  # answers that a head alone may get: its body may lie there unread
+    *range(300, 400), 401, 403, 404, 405, 411, 413, 415, 417, 431, 501))
 
 # `length` is that of the body, and `body` None if it has not all come with the head; `pieces`
 # yields it as it comes, and raises Broken or BackendTimeout if it does not become whole.
@@ -978,10 +979,10 @@ class Link:
 
 
     def retire(self):
-        """Use it no more: a body that the backend left unread, or sends behind HEAD, 204 or 304 all
-        the same, as some do, would be the next one's.
+        """Use it no more: a body that the backend leaves unread, or sends behind HEAD, 204 or 304
+        all the same, as some do, would be the next one's.
         """
-        # By RST: whoever closes first cannot use the port for a minute. 470 a second are all.
+        # By RST: else the port is kept for a minute, and 470 a second would use up all of them.
         self.persistent = False
         with suppress(OSError):
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
