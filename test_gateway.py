@@ -1135,6 +1135,9 @@ def test_a_client_that_expects_100_continue_gets_it_before_its_body_is_read(echo
     with Client(echo) as client:  # one that does not wait
         reply = client.send(head + body).reply()
         assert (client.reply() if reply.status == 100 else reply).status == 200
+    with Client(echo) as client:  # the length of a chunked body is not known before it is read
+        head = POST + b"Transfer-Encoding: chunked\r\nExpect: 100-continue\r\n\r\n"
+        assert client.send(head + chunked(CHAT)).reply().status == 200
 
 
 @pytest.mark.parametrize(("status", "head"), [
@@ -1194,6 +1197,16 @@ def test_a_connection_past_the_limit_gets_503_and_there_is_room_again_later():
             counted = b'\ngateway_requests_total{status="503",outcome="failed"} 3\n'
             assert counted in first.send(request("GET", "/metrics")).reply().body
         eventually(lambda: ask(server.port, "GET", "/healthz").status == 200)
+
+
+def test_of_refused_connections_that_are_not_closed_yet_there_are_1000_at_most():
+    closed = []
+    refused = [types.SimpleNamespace(close=functools.partial(closed.append, number))
+               for number in range(1005)]
+    with serve() as server:
+        server.parting.extend((float("inf"), each) for each in refused)
+        eventually(lambda: len(server.parting) <= 1000)
+        assert closed == [*range(5)]  # the first ones first
 
 
 def test_requests_that_stall_or_come_a_byte_at_a_time_get_408(log):
@@ -1406,6 +1419,25 @@ def test_a_signal_is_heard_while_connections_come_and_what_was_sent_before_it_is
             assert [client.reply().status for client in clients] == [200] * 20
             stack.close()
             assert process.wait() == 0
+
+
+def test_connections_that_do_not_cease_do_not_put_off_the_end_of_a_drain(monkeypatch):
+    taken, ended = [], threading.Event()
+    def get_request(server):
+        if ended.is_set() or not server.draining:
+            raise BlockingIOError
+        theirs, ours = socket.socketpair()
+        theirs.close()
+        taken.append(ours)
+        return ours, ("127.0.0.1", 1)
+    monkeypatch.setattr(gateway, "PARTING_SECONDS", 0.1)
+    with serve(shutdown_timeout=1) as server:
+        monkeypatch.setattr(gateway.Server, "get_request", get_request)
+        drain = threading.Thread(target=server.drain)
+        drain.start()
+        drain.join(SECONDS)
+        ended.set()
+        assert taken and drain.is_alive() is False
 
 
 @pytest.mark.parametrize(("patience", "again", "statuses"), [
@@ -1622,6 +1654,14 @@ def test_a_redirect_is_passed_on_and_not_followed(status):
         reply = ask(port, "GET", "/v1/models")
         assert f"{reply.status} {reply.reason}" == status and reply.one("location") == "/v1/other"
         assert len(backend.requests) == 1
+
+
+@pytest.mark.parametrize("host", (".x", "a..b", "a" * 64))
+def test_a_host_that_no_name_server_can_be_asked_about_is_502_backend_unreachable(host, proxies):
+    for scheme in ("http", "https"):
+        with serve(backend_url=f"{scheme}://{host}") as server:
+            reply = ask(server.port, body=CHAT)
+            assert (reply.status, reply.error()["code"]) == (502, "backend_unreachable")
 
 
 def test_a_dead_address_is_502_backend_unreachable():
@@ -2142,6 +2182,14 @@ def test_every_method_path_and_query_goes_to_the_backend_as_it_is():
             assert backend.requests[-1][1] == body
 
 
+@pytest.mark.parametrize("method", ("CONNECT", "TRACE"))
+def test_a_method_that_is_about_the_way_does_not_reach_the_backend(method):
+    with forward(answers(response())) as (port, backend):
+        reply = ask(port, method, FILES)
+        assert (reply.status, reply.error()["code"]) == (405, "method_not_allowed")
+        assert method not in reply.one("allow") and not backend.requests
+
+
 @pytest.mark.parametrize("method", ("head", "Get", "trace", "x"))
 def test_a_method_with_small_letters_does_not_reach_the_backend(method):
     """Some servers read it as the one with capital letters; and then HEAD's reply has no body."""
@@ -2259,6 +2307,11 @@ def test_what_the_backend_sees_of_the_client():
         assert uuid.UUID(seen(backend).one("x-request-id")).version == 4
         ask(port, "GET", "/v1/models", b"", "X-Forwarded-For: 1.1.1.1", "X-Forwarded-For: 2.2.2.2")
         assert seen(backend).one("x-forwarded-for") == "1.1.1.1, 2.2.2.2, 127.0.0.1"
+        ask(port, "POST", "/v1/files/1/cancel")
+        assert seen(backend).one("content-length") == "0"  # for a POST without it, some wait
+        told = {"x-forwarded-host": "api.example", "x-forwarded-proto": "https"}  # by a proxy
+        ask(port, "GET", "/v1/models", b"", *[f"{name}: {value}" for name, value in told.items()])
+        assert {name: seen(backend).one(name) for name in told} == told
 
 
 def test_a_client_cannot_take_our_own_fields_away_by_naming_them_in_connection():
@@ -2465,6 +2518,22 @@ def test_an_event_too_big_to_be_held_back_passes_and_no_error_event_falls_into_i
         assert reply.body == b"".join(pieces) + b"\n\n" + DONE and not reply.cut
 
 
+def test_behind_an_event_too_big_to_be_held_back_others_are_so_again_and_an_error_can_follow():
+    go, long = threading.Semaphore(1), b"data: " + b"x" * 300_000
+    rest = b"\n\ndata: 2\n\ndata: 3"
+    script = stepwise(go, STREAM_HEAD + chunked(long, end=False), chunked(rest, end=False))
+    with forward(script) as (port, backend), Client(port) as client:
+        wait_for(client.send(request(body=STREAM)), b"x" * 60_000)
+        eventually(lambda: client.more() and client.buffer.count(b"x") >= 300_000)
+        go.release()
+        wait_for(client, b"data: 2\n\n")
+        backend.sockets[0].shutdown(socket.SHUT_RDWR)
+        reply = client.reply()
+        before, _, last = reply.body.partition(b"data: 2\n\n")
+        assert before == long + b"\n\n" and reply.cut
+        assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "backend_error"
+
+
 def test_a_whole_stream_ends_as_one_in_every_framing():
     """Even if it has no empty line behind its last event, or further lines behind [DONE]."""
     kind, table = b"HTTP/1.1 200 OK\r\nContent-Type: Text/Event-Stream; charset=utf-8\r\n", []
@@ -2499,6 +2568,16 @@ def test_another_type_that_begins_as_that_of_event_streams_does_is_none():
     with forward(answers(head + chunked(b"data: 1"))) as (port, _):
         reply = ask(port, body=STREAM)
         assert reply.body == b"data: 1" and not reply.cut and not reply.all("x-accel-buffering")
+
+
+@pytest.mark.parametrize("kind", [b"Text/Event-Stream", b"text/event-stream ; charset=utf-8",
+                                  b"text/event-stream\r\nContent-Type: text/event-stream"])
+def test_the_type_of_event_streams_is_one_in_any_spelling(kind):
+    head = STREAM_HEAD.replace(b"text/event-stream", kind)
+    with forward(closes(head + chunked(b"data: 1\n\n", end=False))) as (port, _):
+        reply = ask(port, body=STREAM)
+        assert reply.events()[1]["error"]["code"] == "backend_error"
+        assert reply.one("x-accel-buffering") == "no"
 
 
 @pytest.mark.parametrize("path, name", [
@@ -3385,6 +3464,12 @@ def test_a_backend_whose_models_cannot_be_listed_serves_all(listed):
             assert seen(two).reason.endswith("/v1/models?a=b HTTP/1.1")
 
 
+def test_a_model_that_nobody_lists_is_not_asked_of_one_that_is_down_and_never_told_its_models():
+    with several(plays(listed=models("a")), urls=[dead_address()], probe_interval=600) as (
+            port, one):
+        assert chats(port, 3, "b") == {200} and counts([one]) == [3]
+
+
 def test_a_list_of_models_that_was_known_outlives_a_probe_that_gets_none():
     lists = [models("m")]
     def script(played, number):
@@ -3473,7 +3558,8 @@ def test_a_request_that_can_be_repeated_goes_to_one_other_backend(fault):
                 assert f"http://{seen(backend).one('host')}" == backend.url
                 assert seen(backend).one("x-request-id") == ID and backend.requests[0][1] == body
     for method, path in (("POST", FILES), ("POST", "/v1/batches"), ("POST", CHATS + "/a/cancel"),
-                         ("DELETE", "/v1/files/1"), ("PUT", "/v1/x"), ("PATCH", "/v1/x")):
+                         ("DELETE", "/v1/files/1"), ("PUT", "/v1/x"), ("PATCH", "/v1/x"),
+                         ("PUT", CHATS), ("DELETE", CHATS)):
         with several(*[plays(once=FAULTS[fault])] * 3) as (port, *backends):
             reply = ask(port, method, path, CHAT)
             assert sorted(counts(backends)) == [0, 0, 1], (method, path)
@@ -3720,6 +3806,21 @@ def test_retry_after_of_another_status_is_not_the_backend_s_own(status, clock):
         assert chats(port, 4) == {200} and min(counts(backends)) > 1
 
 
+def test_what_a_backend_gets_in_its_back_off_does_not_make_that_longer(clock):
+    replies = [REFUSED[503], response()]
+    def script(which, played, number):
+        while played.request():
+            played.send(replies[which])
+    with several(*[functools.partial(script, which) for which in (0, 1)]) as (port, one, two):
+        assert chats(port, 1) == {200} and counts([one, two]) == [1, 1]
+        clock.now += 0.5
+        replies[1] = REFUSED[503]
+        assert chats(port, 1) == {503} and counts([one, two]) == [2, 2]
+        clock.now += 0.6
+        replies[:] = [response()] * 2
+        assert chats(port, 1) == {200} and counts([one, two]) == [3, 2]
+
+
 @pytest.mark.parametrize("fares", ["well", "and its client leaves"])
 def test_when_a_back_off_has_ended_one_request_tries_and_no_other_before_it_succeeds(fares, clock):
     go, end, numbers = threading.Event(), threading.Event(), itertools.count()
@@ -3817,7 +3918,8 @@ def test_a_backend_that_does_not_answer_its_probe_is_down_and_delays_nothing(log
         eventually(lambda: states(port, "up")[1] == (True,))
 
 
-def test_a_probe_that_times_out_is_no_failure_while_its_backend_works(log):
+@pytest.mark.parametrize("drips", (False, True))
+def test_a_probe_that_times_out_is_no_failure_while_its_backend_works(drips, log):
     """One that is busy generating may be slow to tell its models."""
     go = threading.Event()
     def script(played, number):
@@ -3828,6 +3930,9 @@ def test_a_probe_that_times_out_is_no_failure_while_its_backend_works(log):
             played.send(EVENT)
             assert go.wait(SECONDS)
             return played.send(chunked(DONE))
+        played.send(b"HTTP/1.1 200 OK\r\nA: " * drips)
+        while drips and not select.select([played.socket], [], [], 0.05)[0]:
+            played.send(b"b")
         played.wait_for_end()
     with several(script, probe_interval=0.1, connect_timeout=0.2) as (port, backend):
         with contextlib.ExitStack() as stack:
@@ -4261,6 +4366,19 @@ def test_a_waiter_whose_client_left_leaves_the_queue(leave, log):
         eventually(lambda: queued(port) == 0)
 
 
+def test_a_client_that_leaves_just_before_its_request_has_to_wait_does_not_wait(monkeypatch, log):
+    enter = gateway.Admission.enter
+    def late(admission, request, record):
+        eventually(lambda: "?9" not in request.target or request.cancelled)
+        enter(admission, request, record)
+    monkeypatch.setattr(gateway.Admission, "enter", late)
+    with crowd(1, queue_timeout=600) as (port, backend, (first,), go):
+        Client(port).send(request("POST", CHATS + "?9", CHAT)).vanish()
+        eventually(lambda: any(" 499 " in line for line in log))
+        go.release()
+        assert first.reply().status == 200 and len(backend.requests) == 1
+
+
 @pytest.mark.parametrize("end", [
     response(b"{}", "404 No"), response(b"", "503 No"), (b"no HTTP\r\n\r\n",), (b"",),
     (STREAM_HEAD + chunked(b"data: 1\n\n", end=False),), Client.vanish, None])
@@ -4652,6 +4770,13 @@ def test_neither_silent_nor_idle_tls_clients_delay_the_exit(pem):
         assert process.wait() == 0
 
 
+def test_a_tls_client_past_the_limit_gets_no_plain_text(by_tls):
+    with serve(max_connections=1, **by_tls) as server, TLSClient(server.port) as first:
+        assert first.send(HEALTH).reply().json() == OK
+        with Client(server.port) as second:
+            assert second.is_closed()
+
+
 @pytest.mark.parametrize("data", (
     HEALTH, b"\r\n", b"\x16\x03\x01\0\5\1\0\0\1\0", b"\xff" * 300, HEALTH * 999, None))
 def test_what_is_no_tls_gets_no_service_on_the_tls_port_and_harms_nobody(by_tls, log, data):
@@ -4740,6 +4865,21 @@ def test_sighup_without_files_amid_a_request_harms_nobody():
         assert client.send(CHAT).reply().status == 200 and process.process.poll() is None
         os.kill(process.pid, signal.SIGTERM)
         assert process.wait() == 0
+
+
+@pytest.mark.parametrize("files", ({}, {"API_KEYS_FILE": "keys"}))
+def test_sighup_of_a_closed_terminal_ends_a_gateway_that_has_no_files_to_read(files, tmp_path):
+    files = {name: as_file(tmp_path / path, "s3cret") for name, path in files.items()}
+    at_terminal = (  # to the end of the process, somebody has the other end of it
+        "import os, sys; master, terminal = os.openpty(); os.set_inheritable(master, True);"
+        " os.dup2(terminal, 0); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])")
+    with Process("--port=0", python=(sys.executable, "-c", at_terminal), **files) as process:
+        assert ask(process.port, "GET", "/healthz").status == 200
+        os.kill(process.pid, signal.SIGHUP)
+        if files:
+            eventually(lambda: "SIGHUP: " in process.log)
+            os.kill(process.pid, signal.SIGTERM)
+        assert process.wait() == (0 if files else -signal.SIGHUP)
 
 
 # -- traceparent -----------------------------------------------------------------------------------
@@ -4955,6 +5095,29 @@ def test_each_request_moves_just_the_metrics_that_it_should(case):
                 f"^(?!{UP})")
 
 
+def test_metrics_have_all_requests_that_ended_before_they_were_asked_for(monkeypatch):
+    monkeypatch.setattr(gateway, "SETTLED", SETTLED)
+    monkeypatch.setattr(gateway, "SETTLE_SECONDS", 60)
+    with serve() as server, Client(server.port) as client, Client(server.port):
+        for number in range(30):
+            assert client.send(HEALTH).reply().status == 200
+            metrics = client.send(request("GET", "/metrics")).reply().body.decode()
+            ok = labelled(REQUESTS, status="200", outcome="ok")
+            assert exposition(metrics)[1][ok] == 2 * number + 1
+
+
+def test_a_fault_of_our_own_is_counted_as_one(monkeypatch, echo, faults):
+    """Not as a request that was refused: an alert may be built on that."""
+    def fail(*_):
+        raise RuntimeError
+    with Meter(echo) as meter:
+        monkeypatch.setattr(gateway, "parse_json", fail)
+        assert ask(echo, body=CHAT).status == 500
+        meter.expect({labelled(REQUESTS, status="500", outcome="failed"): 1}, REQUESTS)
+    assert len(faults) == 1
+    faults.clear()
+
+
 @pytest.mark.parametrize(("first", "second", "status", "outcome", "kinds"), [
     (BUSY, FINE, 200, "ok", ("5xx", "2xx")), (BUSY, BUSY, 503, "ok", ("5xx", "5xx")),
     (b"", FINE, 200, "ok", ("backend_error", "2xx")),
@@ -5069,6 +5232,16 @@ def test_usage_is_found_before_a_long_answer_that_does_not_come_at_once():
     with forward(script) as (port, _), Meter(port) as meter:
         assert ask(port, "POST", "/v1/embeddings", b"{}").body == data.partition(b"\r\n\r\n")[2]
         meter.expect(tokens_of((7, 5)), "token_usage")
+
+
+def test_of_a_long_answer_no_more_is_kept_than_usage_is_sought_in(monkeypatch):
+    kept, end = [], gateway.Ledger.end
+    monkeypatch.setattr(gateway.Ledger, "end", lambda ledger, record, **fate: (
+        kept.append(len(record.answer)), end(ledger, record, **fate)))
+    with forward(answers(CHUNKED_HEAD + chunked(*[b"x" * 50_000] * 20))) as (port, _):
+        assert len(ask(port, body=CHAT).body) == 1_000_000
+        eventually(lambda: kept)
+        assert 0 < kept[0] <= 2 * gateway.USAGE_BYTES
 
 
 @pytest.mark.parametrize("stream", (False, True))
@@ -5292,6 +5465,24 @@ def test_any_worker_answers_for_all_and_each_probes_and_reads_the_keys_again(tmp
         assert ends(process) == (0, True)
 
 
+def test_a_worker_that_is_started_after_sighup_has_the_new_keys_and_one_line_tells_of_it(tmp_path):
+    keys = tmp_path / "keys"
+    with Process("--port=0", "--workers=2", API_KEYS_FILE=as_file(keys, "old\n")) as process:
+        first, second = workers_of(process)
+        def status(key):
+            return ask(process.port, "GET", "/v1/models", b"", bearer(key)).status
+        as_file(keys, "new\n")
+        os.kill(process.pid, signal.SIGHUP)
+        with held(first):
+            eventually(lambda: status("new") == 200)
+        kill(first)
+        replacement(process, first)
+        with held(second):
+            assert (status("new"), status("old")) == (200, 401)
+        assert process.log.count("SIGHUP: ") == 1
+        assert ends(process) == (0, True)
+
+
 def test_a_killed_worker_takes_only_its_own_connections_with_it_and_is_replaced():
     go = threading.Event()
     def script(played, number):
@@ -5371,6 +5562,32 @@ def test_a_worker_that_dies_at_its_start_stops_the_service_with_status_3(number,
         assert re.search(r"worker \d.* (1|Killed)\b", process.lines[-1])
         with pytest.raises(ConnectionRefusedError):
             Client(process.port)
+
+
+@pytest.mark.parametrize("hangs", (True, False))
+def test_a_worker_that_outlives_its_time_to_stop_is_killed_and_one_in_drain_delay_is_not(hangs):
+    delay = "0" if hangs else "5.5"
+    with Process("--port=0", "--workers=2", DRAIN_DELAY=delay, SHUTDOWN_TIMEOUT="0.1") as process:
+        first, _ = workers_of(process)
+        assert ask(process.port, "GET", "/healthz").status == 200
+        if hangs:
+            os.kill(first, signal.SIGSTOP)
+        try:
+            assert ends(process) == (0, True)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(first, signal.SIGKILL)  # else it would have our end of its stderr for ever
+        assert ("stopped at once" in process.log) is hangs
+
+
+def test_status_3_stays_though_a_signal_ends_what_the_stop_has_to_wait_for(tmp_path):
+    first_stops_second_dies = (
+        "(os.kill(os.getpid(), signal.SIGSTOP) if len(forks) == 1 else os._exit(7))")
+    with Process("--port=0", "--workers=2", SHUTDOWN_TIMEOUT="3600",
+                 **at_fork(tmp_path, "len(forks)", first_stops_second_dies)) as process:
+        eventually(lambda: "within a second of its start: the service stops" in process.log)
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait() == 3 and "stopped at once" in process.log
 
 
 @pytest.mark.parametrize("early", (False, True))
@@ -5692,6 +5909,26 @@ def test_a_silent_backend_gets_no_request_while_another_can_have_it():
         eventually(lambda: ask(port, body=CHAT).status == 200 and counts([silent]) > before)
 
 
+def test_a_silent_backend_gets_no_request_though_another_has_more_to_do():
+    held = threading.Event()
+    def hangs(played, number):
+        while read := played.request():
+            if number > 1 or b"/v1/models" not in read[0]:
+                return played.wait_for_end()
+            played.send(models("m"))
+    with several(hangs, plays(listed=models("m"), go=held), probe_interval=0.2,
+                 connect_timeout=0.5) as (port, silent, other), contextlib.ExitStack() as stack:
+        waits = stack.enter_context(Client(port)).send(TO_CHAT)
+        eventually(lambda: counts([silent]) == [1])
+        clients = [hold(stack, port)]
+        eventually(lambda: silent.ended)  # a probe of it
+        clients += [hold(stack, port) for _ in range(3)]
+        assert counts([silent, other]) == [1, 4]
+        held.set()
+        assert [client.reply().events() for client in clients] == [[1, "[DONE]"]] * 4
+        waits.vanish()
+
+
 def test_retry_after_outlives_an_older_stream_that_breaks_off(log):
     """No probe brings the backend back before the time that it asked for."""
     go, probes = threading.Event(), []
@@ -5771,7 +6008,8 @@ def test_the_last_answer_stands_if_the_other_backend_gives_none_however_its_body
         assert (reply.one("x-a"), reply.one("retry-after")) == ("b", "3")
 
 
-@pytest.mark.parametrize("faults_seen", [("dead",), ("busy",), ("dead", "busy"), ("busy", "dead")])
+@pytest.mark.parametrize("faults_seen", [
+    ("dead",), ("busy",), ("broken",), ("dead", "busy"), ("busy", "dead")])
 def test_a_probe_brings_a_backend_back_whose_faults_no_request_met_however_long_it_was_gone(
         faults_seen, clock):
     listed = []
@@ -5785,7 +6023,7 @@ def test_a_probe_brings_a_backend_back_whose_faults_no_request_met_however_long_
         for fault in faults_seen:
             if fault == "dead":
                 backend.die()
-            listed[:] = [REFUSED[503]]
+            listed[:] = [b"no HTTP\r\n\r\n" if fault == "broken" else REFUSED[503]]
             if fault == "busy" and backend.dead:
                 backend.rise()
             probes, began = len(backend.requests), clock.now
@@ -5818,16 +6056,90 @@ def test_a_probe_that_fails_does_not_shorten_what_a_request_was_told(probe, cloc
         assert not replies and 60 <= clock.now - failed < 70
 
 
-def test_the_back_off_doubles_where_probes_succeed_and_requests_do_not(clock):
-    with several(plays(REFUSED[503], models("m")), probe_interval=1) as (port, backend):
+@pytest.mark.parametrize(("fault", "status"), [
+    (REFUSED[503], 503), (b"no HTTP\r\n\r\n", 502)])
+def test_the_back_off_doubles_where_probes_succeed_and_requests_do_not(fault, status, clock):
+    with several(plays(fault, models("m")), probe_interval=1) as (port, backend):
         def is_up(after):
             clock.now += after
             return states(port, "up") == [(True,)]
         for back_off in (1, 2, 4, 8):
-            assert ask(port, body=CHAT).status == 503
+            assert ask(port, body=CHAT).status == status
             failed = clock.now
             eventually(lambda: is_up(0.05))
             assert back_off <= clock.now - failed < back_off + 3
+
+
+def test_a_probe_brings_a_backend_back_at_once_that_a_request_could_not_reach(clock):
+    with several(plays(listed=models("m")), probe_interval=0.2) as (port, backend):
+        backend.die()
+        assert ask(port, body=CHAT).status == 502 and states(port, "up") == [(False,)]
+        backend.rise()
+        clock.now += 0.3  # it was to be left alone for 1
+        eventually(lambda: states(port, "up") == [(True,)])
+
+
+def test_the_time_that_a_503_to_a_probe_asks_for_is_honoured(clock):
+    no = response(b"", "503 Busy", "Retry-After: 60")
+    with several(plays(listed=no), plays(listed=models("m")), probe_interval=600) as (
+            port, busy, other):
+        for _ in range(11):
+            clock.now += 5
+            assert chats(port, 2) == {200}
+        assert len(busy.requests) == 1 and counts([busy, other]) == [0, 22]
+
+
+def test_a_probe_that_is_ended_before_it_was_sent_is_no_failure(monkeypatch, log):
+    dial, late = gateway.Pool._dial, []
+    def dial_late(pool, request):
+        link = dial(pool, request)
+        late.append(request)
+        eventually(lambda: request.cancelled or len(late) > 1)
+        return link
+    monkeypatch.setattr(gateway.Pool, "_dial", dial_late)
+    with several(plays(listed=models("m")), probe_interval=0.1, connect_timeout=0.1) as (port, _):
+        eventually(lambda: states(port, "up", "models") == [(True, ["m"])])
+        assert late[0].cancelled and not changes(log)
+
+
+def test_a_backend_that_a_probe_brought_back_has_its_full_share_at_once(clock):
+    with several(*[plays(listed=models("m"))] * 2, probe_interval=1) as (port, one, two):
+        def state(after):
+            clock.now += after
+            return [up for up, in states(port, "up")]
+        one.die()
+        began = clock.now
+        eventually(lambda: state(0.25) == [False, True] and clock.now > began + 20)
+        one.rise()
+        eventually(lambda: state(0.05) == [True, True])
+        assert chats(port, 4) == {200} and counts([one, two]) == [2, 2]
+
+
+def test_a_backend_that_a_probe_found_up_needs_no_trial_though_its_last_request_failed(clock):
+    """Those in flight there, which have no answer yet, keep no others away."""
+    go, faults = threading.Event(), [REFUSED[503]]
+    def script(played, number):
+        while read := played.request():
+            if read[0].startswith(b"GET /v1/models "):
+                played.send(models("m"))
+            else:
+                assert b"?waits" not in read[0] or go.wait(SECONDS)
+                played.send(faults.pop() if faults else response())
+    with several(*[script] * 2, probe_interval=1) as (port, one, two), (
+            contextlib.ExitStack()) as stack:
+        def is_up(after):
+            clock.now += after
+            return states(port, "up") == [(True,)] * 2
+        assert chats(port, 1) == {200} and counts([one, two]) == [1, 1]
+        eventually(lambda: is_up(0.25))
+        clients = []
+        for number in range(4):
+            clients.append(stack.enter_context(Client(port)))
+            clients[-1].send(request("POST", CHATS + "?waits", CHAT))
+            eventually(lambda: sum(counts([one, two])) == 3 + number)
+        assert counts([one, two]) == [3, 3]
+        go.set()
+        assert [client.reply().status for client in clients] == [200] * 4
 
 
 def test_a_comma_in_a_file_of_keys_ends_no_key(tmp_path):
@@ -5910,6 +6222,19 @@ def test_text_within_a_long_event_is_no_end_of_its_stream():
             assert client.more()
         go.release()
         assert client.reply().cut
+
+
+def test_an_answer_that_came_before_the_request_was_sent_whole_may_end_by_closing():
+    go = threading.Event()
+    def script(played, number):
+        played.socket.recv(1000)
+        played.send(b"HTTP/1.1 413 Too large\r\n\r\nsend less")
+        played.socket.shutdown(socket.SHUT_WR)
+        assert go.wait(SECONDS)
+    with forward(script, backend_timeout=1) as (port, _):
+        reply = ask(port, "POST", FILES, b"x" * 20_000_000)
+        go.set()
+        assert (reply.status, reply.body, reply.cut) == (413, b"send less", False)
 
 
 def test_an_answer_that_came_before_the_request_was_sent_whole_arrives_and_is_the_links_last():
