@@ -171,9 +171,8 @@ EXAMPLE = ("curl http://127.0.0.1:8080/v1/chat/completions"
 
 
 def read_settings(argv, environ):
-    """Return a namespace with an attribute for each knob, `credentials` as of read_credentials,
-    `proxies` as of proxy_for, for each backend, and `listen_fd`: the descriptor of a socket that
-    systemd passed on (sd_listen_fds), or None. Exits with 2 if a value is bad.
+    """Return a namespace of the knobs, `credentials` (read_credentials), `proxies` (proxy_for) and
+    `listen_fd`, of a socket that systemd passed on (sd_listen_fds), or None; exits with 2 if bad.
     """
     parser = argparse.ArgumentParser(
         prog="gateway.py", usage=argparse.SUPPRESS, allow_abbrev=False, exit_on_error=False,
@@ -1860,8 +1859,9 @@ class Handler(BaseHTTPRequestHandler):
                 self.send(b"")  # nothing has come with the head of the response
             yield True
         answer += tail
-        if unproven and not LAST_EVENT.search(answer[-USAGE_BYTES:]) and (wanted or (
-                tail.strip(b"\r\n") or not (self.at_boundary or answer.endswith(EVENT_ENDS)))):
+        if unproven and not LAST_EVENT.search(answer[-USAGE_BYTES:]) and (
+                wanted or tail.strip(b"\r\n")
+                or not (self.at_boundary or answer.endswith(EVENT_ENDS))):
             raise Broken("closed the connection before the end of its event stream")
         if tail:
             self.write_piece(tail)
@@ -2434,7 +2434,7 @@ def reap(workers):
 
 
 def weigh(workers):
-    """Give a session of our own the weight of so many programs, where root may."""
+    """Give a session of our own the weight of 2, 4, 8 ... programs, up to `workers`, if root."""
     # Linux divides its processors between sessions, and what one gets between its processors: of
     # two workers each had the half of what its backend has. Interrupted within a request, it goes
     # on with other threads, which find the GIL taken. At 128 connections four took 65 us of CPU a
